@@ -1,0 +1,1 @@
+"""Backends: each runs an `AttentionProblem` or says why it cannot."""

@@ -1,0 +1,5 @@
+"""PyTorch in fp32: the CPU backend and the oracle that every kernel is tested against."""
+
+from longgen_kernels.kernels.reference.attention import attention_unsupported, attn_bwd, attn_fwd
+
+__all__ = ["attention_unsupported", "attn_bwd", "attn_fwd"]
