@@ -1,0 +1,158 @@
+"""Llama whose layers each have their own attention pattern; parameters and their names are Llama's."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from model_integration import attention
+from model_integration.configuration import LongGenLlamaConfig
+
+
+class LongGenLlamaPreTrainedModel(LlamaPreTrainedModel):
+    """What the hybrid changes about a Llama model's loading and saving."""
+
+    config: LongGenLlamaConfig  # transformers reads this annotation as a class, so annotations stay unpostponed here
+    _supports_flash_attn = False  # its kernels take no mask: a hybrid would run dense
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        """None means "longgen": the implementation is never saved, and transformers' own default would be sdpa."""
+        requested = attention.NAME if requested_attention is None else requested_attention
+        if requested not in attention.IMPLEMENTATIONS:
+            raise ValueError(
+                f"attn_implementation={requested!r} cannot run sparse layers; use {', '.join(attention.IMPLEMENTATIONS)}"
+            )
+        return super().get_correct_attn_implementation(requested, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, then `verify_rope_base`."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).verify_rope_base()
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' `save_pretrained`, after `verify_rope_base`."""
+        self.verify_rope_base()
+        super().save_pretrained(*args, **kwargs)
+
+    def verify_rope_base(self) -> None:
+        """Raise RuntimeError unless the model rotates with the RoPE base that its config names.
+
+        The frequencies are no parameters: they are in no checkpoint, and a config edited after the model was built
+        does not reach them.
+        """
+        expected = LlamaRotaryEmbedding(self.config).inv_freq
+        for name, module in self.named_modules():
+            if isinstance(module, LlamaRotaryEmbedding):
+                actual = module.original_inv_freq.float().cpu()
+                if not torch.allclose(actual, expected.cpu(), rtol=1e-2, atol=0.0):
+                    raise RuntimeError(
+                        f"{name} does not rotate with the config's rope_theta={self.config.rope_theta:g}: "
+                        "set it before the model is built, for example from_pretrained(path, rope_theta=...)"
+                    )
+
+
+class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
+    """LlamaModel with `config.layer_patterns[i]` as `layers[i].self_attn.pattern`."""
+
+    def __init__(self, config: LongGenLlamaConfig) -> None:
+        super().__init__(config)
+        for layer, pattern in zip(self.layers, config.layer_patterns, strict=True):
+            layer.self_attn.pattern = pattern
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As LlamaModel's, with a mask for each pattern.
+
+        Args:
+            input_ids: (batch, tokens), or inputs_embeds (batch, tokens, hidden_size).
+            attention_mask: (batch, cached + new tokens), 0 for padding on either side; 4-D masks raise ValueError.
+            position_ids: (batch or 1, tokens); where they restart, a packed sequence begins.
+            cu_seq_lens_q, max_length_q: boundaries of packed sequences, as DataCollatorWithFlattening gives them.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch_size, q_length = hidden_states.shape[:2]
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        seen, kv_length = 0, q_length
+        if past_key_values is not None:
+            seen = int(past_key_values.get_seq_length())
+            kv_length = int(past_key_values.get_mask_sizes(q_length, 0)[0])
+
+        layout = attention.SequenceLayout.of(
+            batch_size,
+            q_length,
+            kv_length=kv_length,
+            seen=seen,
+            device=hidden_states.device,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cu_seq_lens=kwargs.get("cu_seq_lens_q"),
+            max_length=kwargs.get("max_length_q"),
+        )
+        config = self.config
+        masks = {
+            pattern: attention.attention_mask_for(
+                config._attn_implementation,
+                layout,
+                pattern,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                hidden_states,
+            )
+            for pattern in {layer.self_attn.pattern for layer in self.layers}
+        }
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + q_length, device=hidden_states.device)[None]
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer.self_attn.pattern],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class LongGenLlamaForCausalLM(LongGenLlamaPreTrainedModel, LlamaForCausalLM):
+    """A LongGen hybrid with a language-modelling head.
+
+    Loads its own checkpoints and Llama's, whose parameters have the same names:
+
+        config = LongGenLlamaConfig.from_llama(AutoConfig.from_pretrained(llama), rope_theta=5e6)
+        model = LongGenLlamaForCausalLM.from_pretrained(llama, config=config)
+    """
+
+    def __init__(self, config: LongGenLlamaConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # LlamaForCausalLM's own would build a dense LlamaModel
+        self.model = LongGenLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Keep the 2-D mask: `generate` would make one dense 4-D mask for all layers when the cache is static."""
+        return attention_mask
