@@ -1,0 +1,172 @@
+"""Host side of the Triton attention kernels: arguments, grids, launches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longgen_kernels.kernels.problem import AttentionProblem
+from longgen_kernels.kernels.triton.backward import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel, bwd_rows_kernel
+from longgen_kernels.kernels.triton.forward import attn_fwd_kernel
+from longgen_kernels.kernels.triton.tiles import INTERPRETED, Tile, padded_head_dim, tile_for
+from longgen_kernels.patterns import BlockMask
+
+
+def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
+    """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`)."""
+    q, k, v = problem.q, problem.k, problem.v
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
+    tile = _tile("fwd", problem)
+    with _device_of(q):
+        attn_fwd_kernel[_query_grid(problem, tile.block_m)](
+            q, k, v, out, lse, *_packing(problem), *_mask_lists(problem, "rows"),
+            *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_lse_strides(lse),
+            **_common(problem, "q_blocks"), **_flags(problem, tile),
+        )  # fmt: skip
+    return out, lse
+
+
+def attn_bwd(
+    problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous. Workspace: two fp32 numbers per query row and head."""
+    q, k, v = problem.q, problem.k, problem.v
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
+    dlse_strides = (0, 0, 0) if dlse is None else (*_lse_strides(dlse), dlse.stride(-1))
+    rows, block = q.shape[-3], 16 if INTERPRETED else 64
+    batch = 1 if problem.varlen else problem.batch
+    block_d = padded_head_dim(problem.head_dim)
+    with _device_of(q):
+        bwd_rows_kernel[(math.ceil(rows / block), problem.q_heads, batch)](
+            dout, out, lse, dlse, delta, lse_log2, *_strides(dout), *_strides(out), *_lse_strides(lse),
+            *dlse_strides, rows, problem.head_dim, block_d, block, dlse is not None,
+        )  # fmt: skip
+        tensors = q, k, v, dout, lse_log2, delta
+        strides = *_strides(q), *_strides(k), *_strides(v), *_strides(dout)
+        tile = _tile("dkdv", problem)
+        grid, slack = _key_grid(problem, tile.block_n)
+        attn_bwd_dkdv_kernel[grid](
+            *tensors, dk, dv, *_packing(problem), *_mask_lists(problem, "cols"), *strides, *_strides(dk),
+            *_lse_strides(lse), slack=slack, scale=problem.softmax_scale,
+            **_common(problem, "k_blocks"), **_flags(problem, tile),
+        )  # fmt: skip
+        tile = _tile("dq", problem)
+        attn_bwd_dq_kernel[_query_grid(problem, tile.block_m)](
+            *tensors, dq, *_packing(problem), *_mask_lists(problem, "rows"), *strides, *_strides(dq),
+            *_lse_strides(lse), scale=problem.softmax_scale, **_common(problem, "q_blocks"), **_flags(problem, tile),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def _tile(kernel: str, problem: AttentionProblem) -> Tile:
+    pattern = problem.pattern
+    mask_block = pattern.block_size if isinstance(pattern, BlockMask) else None
+    return tile_for(kernel, problem.head_dim, problem.q.dtype, problem.q.device, mask_block)
+
+
+def _device_of(x: Tensor) -> Any:
+    """Triton launches on the current device; CPU tensors (the interpreter) need none."""
+    return torch.cuda.device_of(x)
+
+
+def _query_grid(problem: AttentionProblem, block_m: int) -> tuple[int, int, int]:
+    rows = problem.q.shape[-3]
+    if problem.varlen:  # two more tiles a sequence, as `sequence_of` counts them
+        return rows // block_m + 2 * problem.batch + 2, problem.q_heads, 1
+    return math.ceil((rows + problem.q_start % block_m) / block_m), problem.q_heads, problem.batch
+
+
+def _key_grid(problem: AttentionProblem, block_n: int) -> tuple[tuple[int, int, int], int]:
+    """Grid of the key tiles, and how many tiles a sequence may have beyond its length.
+
+    Each of the three classes of columns (sink, strided, local) has ragged tiles at both ends, and the blocks cut by
+    the sequence's ends count whole.
+    """
+    rows = problem.k.shape[-3]
+    block_size = problem.pattern.block_size or 1
+    slack = 6 + 4 * math.ceil(min(block_size, rows) / block_n)
+    if problem.varlen:
+        return (problem.kv_heads, rows // block_n + slack * (problem.batch + 1), 1), slack
+    return (problem.kv_heads, math.ceil(rows / block_n) + slack, problem.batch), slack
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, rows and heads; a packed tensor has no batch."""
+    return (x.stride(0) if x.ndim == 4 else 0, x.stride(-3), x.stride(-2))
+
+
+def _lse_strides(lse: Tensor) -> tuple[int, int]:
+    return (lse.stride(0) if lse.ndim == 3 else 0, lse.stride(-2))
+
+
+def _packing(problem: AttentionProblem) -> tuple[Tensor | None, ...]:
+    return problem.cu_seqlens_q, problem.cu_seqlens_k, problem.q_starts, problem.k_starts
+
+
+def _mask_lists(problem: AttentionProblem, which: str) -> tuple[Tensor | None, Tensor | None]:
+    """Offsets and entries of a block mask's rows or columns."""
+    pattern = problem.pattern
+    if not isinstance(pattern, BlockMask):
+        return None, None
+    packed, lines = (pattern.rows, pattern.q_blocks) if which == "rows" else (pattern.cols, pattern.k_blocks)
+    return packed, packed[pattern.heads * lines + 1 :]
+
+
+def _common(problem: AttentionProblem, lines: str) -> dict[str, Any]:
+    """Plain-number arguments that the three attention kernels share."""
+    pattern = problem.pattern
+    numbers: dict[str, Any] = {
+        "seqlen_q": problem.q.shape[-3],
+        "seqlen_k": problem.k.shape[-3],
+        "q_start": problem.q_start,
+        "k_start": problem.k_start,
+        "batch": problem.batch,
+        "total_q": problem.q.shape[-3],
+        "total_k": problem.k.shape[-3],
+        "scale_log2": problem.softmax_scale * math.log2(math.e),
+    }
+    block_size = pattern.block_size or 1
+    last = "mask_rows_per_head" if lines == "q_blocks" else "mask_cols_per_head"
+    if isinstance(pattern, BlockMask):
+        numbers |= {"sink": 0, "window": 0, "stride": 1, "phase_step": 0, "phase_offset": 0}
+        numbers |= {"mask_group": problem.q_heads // pattern.heads, last: getattr(pattern, lines)}
+    else:
+        stride = pattern.stride or 1
+        window = pattern.window if pattern.window_blocks is None else pattern.window_blocks
+        numbers |= {"sink": pattern.sink, "window": window or 0, "stride": stride, "mask_group": 1, last: 0}
+        # Both reduced, so that phase_step * head cannot overflow.
+        numbers |= {"phase_step": pattern.head_phase_step % stride, "phase_offset": pattern.head_phase_offset % stride}
+    return numbers | {"log2_block": block_size.bit_length() - 1}
+
+
+def _flags(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    pattern = problem.pattern
+    block_mask = isinstance(pattern, BlockMask)
+    window = 0
+    if not isinstance(pattern, BlockMask):
+        window = 1 if pattern.window is not None else 2 if pattern.window_blocks is not None else 0
+    flags: dict[str, Any] = {
+        "GROUP": problem.q_heads // problem.kv_heads,
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_D": padded_head_dim(problem.head_dim),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_MASK": block_mask,
+        "CAUSAL": pattern.causal_only,
+        "WINDOW": window,
+        "STRIDED": not isinstance(pattern, BlockMask) and pattern.stride is not None,
+        "VARLEN": problem.varlen,
+        "HAS_Q_STARTS": problem.q_starts is not None,
+        "HAS_K_STARTS": problem.k_starts is not None,
+        "PRECISION": "ieee" if problem.q.dtype == torch.float32 else None,
+        "STAGES": tile.num_stages,
+    }
+    return flags if INTERPRETED else flags | {"num_warps": tile.num_warps}
