@@ -1,0 +1,112 @@
+// The only file that knows Python: keyword arguments become params structs, a CUDA error becomes an
+// exception.
+//
+// Tensors come as addresses (int), strides in elements and sizes, the stream as its handle (int).
+// What the addresses point to is the caller's promise; longgen_kernels/kernels/cuda keeps it.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda_check.h"
+#include "params.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace longgen {
+namespace {
+
+using Address = std::uintptr_t;
+using Strides = std::array<int64_t, 3>;  // of the first three dimensions, in their order
+
+DType parse_dtype(const std::string& name) {
+  if (name == "float16") return DType::kFloat16;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float32") return DType::kFloat32;
+  throw std::invalid_argument("dtype is '" + name + "'; valid are float16, bfloat16 and float32");
+}
+
+OutStrides out_strides(const Strides& s) { return {s[0], s[1], s[2]}; }
+LseStrides lse_strides(const Strides& s) { return {s[0], s[1], s[2]}; }
+
+AttnState attn_state(Address out, const Strides& out_stride, Address lse,
+                     const Strides& lse_stride) {
+  return {reinterpret_cast<const void*>(out), reinterpret_cast<const float*>(lse),
+          out_strides(out_stride), lse_strides(lse_stride)};
+}
+
+cudaStream_t as_stream(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+py::dict build_info() {
+  // Answers without a driver too: cudaDriverGetVersion gives 0 then.
+  int driver = 0;
+  LONGGEN_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  return py::dict("cuda_archs"_a = LONGGEN_CUDA_ARCHS, "cuda_runtime"_a = CUDART_VERSION,
+                  "cuda_driver"_a = driver);
+}
+
+}  // namespace
+}  // namespace longgen
+
+PYBIND11_MODULE(_C, m) {
+  using namespace longgen;
+  m.doc() = "The CUDA kernels of longgen_kernels. Use them through longgen_kernels.kernels.cuda.";
+
+  m.def("build_info", &build_info,
+        "Compute capabilities built for, CUDA version built with, and newest CUDA version that the "
+        "installed "
+        "driver runs (0: no driver).");
+
+  m.def(
+      "merge_attn_states",
+      [](int batch, int seqlen, int heads, int head_dim, const std::string& dtype, Address out_a,
+         const Strides& out_a_strides, Address lse_a, const Strides& lse_a_strides, Address out_b,
+         const Strides& out_b_strides, Address lse_b, const Strides& lse_b_strides, Address out,
+         Address lse, Address stream) {
+        MergeParams params{};
+        params.shape = {batch, seqlen, heads, head_dim, parse_dtype(dtype)};
+        params.a = attn_state(out_a, out_a_strides, lse_a, lse_a_strides);
+        params.b = attn_state(out_b, out_b_strides, lse_b, lse_b_strides);
+        params.out = reinterpret_cast<void*>(out);
+        params.lse = reinterpret_cast<float*>(lse);
+        params.stream = as_stream(stream);
+        py::gil_scoped_release release;
+        merge_attn_states(params);
+      },
+      py::kw_only(), "batch"_a, "seqlen"_a, "heads"_a, "head_dim"_a, "dtype"_a, "out_a"_a,
+      "out_a_strides"_a, "lse_a"_a, "lse_a_strides"_a, "out_b"_a, "out_b_strides"_a, "lse_b"_a,
+      "lse_b_strides"_a, "out"_a, "lse"_a, "stream"_a);
+
+  m.def(
+      "merge_attn_states_bwd",
+      [](int batch, int seqlen, int heads, int head_dim, const std::string& dtype, Address dout,
+         const Strides& dout_strides, Address dlse, const Strides& dlse_strides, Address out_a,
+         const Strides& out_a_strides, Address lse_a, const Strides& lse_a_strides, Address out_b,
+         const Strides& out_b_strides, Address lse_b, const Strides& lse_b_strides, Address dout_a,
+         Address dlse_a, Address dout_b, Address dlse_b, Address stream) {
+        MergeBwdParams params{};
+        params.shape = {batch, seqlen, heads, head_dim, parse_dtype(dtype)};
+        params.a = attn_state(out_a, out_a_strides, lse_a, lse_a_strides);
+        params.b = attn_state(out_b, out_b_strides, lse_b, lse_b_strides);
+        params.dout = reinterpret_cast<const void*>(dout);
+        params.dlse = reinterpret_cast<const float*>(dlse);
+        params.dout_strides = out_strides(dout_strides);
+        params.dlse_strides = lse_strides(dlse_strides);
+        params.dout_a = reinterpret_cast<void*>(dout_a);
+        params.dlse_a = reinterpret_cast<float*>(dlse_a);
+        params.dout_b = reinterpret_cast<void*>(dout_b);
+        params.dlse_b = reinterpret_cast<float*>(dlse_b);
+        params.stream = as_stream(stream);
+        py::gil_scoped_release release;
+        merge_attn_states_bwd(params);
+      },
+      py::kw_only(), "batch"_a, "seqlen"_a, "heads"_a, "head_dim"_a, "dtype"_a, "dout"_a,
+      "dout_strides"_a, "dlse"_a, "dlse_strides"_a, "out_a"_a, "out_a_strides"_a, "lse_a"_a,
+      "lse_a_strides"_a, "out_b"_a, "out_b_strides"_a, "lse_b"_a, "lse_b_strides"_a, "dout_a"_a,
+      "dlse_a"_a, "dout_b"_a, "dlse_b"_a, "stream"_a);
+}
