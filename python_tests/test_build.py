@@ -1,0 +1,173 @@
+"""setup.py's decisions, and what it built."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from setuptools.errors import SetupError
+
+import longgen_kernels
+from longgen_kernels._version import __version__
+from longgen_kernels.kernels import cuda
+from longgen_kernels.kernels.cuda import extension
+
+ROOT = Path(__file__).parent.parent
+HAS_EXTENSION = importlib.util.find_spec("longgen_kernels._C") is not None
+
+
+def load_setup() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("longgen_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = load_setup()
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [(None, "AUTO"), ("", "AUTO"), ("on", "ON"), ("OFF", "OFF"), ("Auto", "AUTO")]
+)
+def test_longgen_cuda(value: str | None, mode: str) -> None:
+    assert build.cuda_mode(value) == mode
+
+
+def test_longgen_cuda_of_another_value() -> None:
+    with pytest.raises(SetupError, match="LONGGEN_CUDA is 'yes'; valid are ON, OFF and AUTO"):
+        build.cuda_mode("yes")
+
+
+@pytest.mark.parametrize(
+    ("value", "archs", "cmake"),
+    [
+        (None, ["80", "90a"], ["80-real", "90a-real", "80-virtual"]),
+        ("90a", ["90a"], ["90a-real"]),
+        ("120;90a, 80 86", ["80", "86", "90a", "120"], ["80-real", "86-real", "90a-real", "120-real", "80-virtual"]),
+        ("100f;90;90", ["90", "100f"], ["90-real", "100f-real", "90-virtual"]),
+    ],
+)
+def test_longgen_cuda_archs(value: str | None, archs: list[str], cmake: list[str]) -> None:
+    assert build.cuda_archs(value) == archs
+    assert build.cmake_architectures(archs) == cmake
+
+
+@pytest.mark.parametrize("value", ["sm_90", "9.0", "75", "90b", "native", ";"])
+def test_longgen_cuda_archs_of_another_value(value: str) -> None:
+    with pytest.raises(SetupError, match="LONGGEN_CUDA_ARCHS"):
+        build.cuda_archs(value)
+
+
+def fake_nvcc(folder: Path, version: str) -> None:
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release x, V{version}'\n")
+    nvcc.chmod(0o755)
+
+
+def test_nvcc_of_cuda_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert build.find_nvcc() == (None, f"no nvcc in {tmp_path}/bin (CUDA_HOME)")
+    fake_nvcc(tmp_path, "13.0.88")
+    assert build.find_nvcc() == (tmp_path / "bin" / "nvcc", "13.0.88")
+
+
+def test_nvcc_that_is_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvcc(tmp_path, "11.8.89")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    nvcc, reason = build.find_nvcc()
+    assert nvcc is None
+    assert reason.endswith("is version 11.8.89, and 12.3 or newer is needed")
+
+
+def test_version_is_stated_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+\w*", __version__)
+    others = [ROOT / name for name in ("pyproject.toml", "setup.py", "CMakeLists.txt", "longgen_kernels/__init__.py")]
+    assert not [path.name for path in others if f'"{__version__}"' in path.read_text()]
+
+
+def test_package_is_typed() -> None:
+    package = Path(longgen_kernels.__file__).parent
+    assert (package / "py.typed").exists()
+    assert (package / "_C.pyi").exists()
+
+
+def test_absence_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `_C` the message says what setup.py wrote down."""
+    absent = cuda.extension.BuildInfo(commit="0", cuda_archs=(), nvcc=None, cuda_absent="no nvcc on PATH")
+    monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extension, "build_info", lambda: absent)
+    extension._not_loadable.cache_clear()
+    try:
+        assert cuda.available() == "not built: no nvcc on PATH"
+    finally:
+        extension._not_loadable.cache_clear()
+
+
+def test_main_reports(capfd: pytest.CaptureFixture[str]) -> None:
+    subprocess.run([sys.executable, "-m", "longgen_kernels"], check=True)
+    report = capfd.readouterr().out
+    assert __version__ in report
+    for operation in ("attention", "merge"):
+        rows = [line.split()[1] for line in report.splitlines() if line.startswith(f"  {operation} ")]
+        assert rows == ["cuda", "triton", "reference"]
+
+
+needs_extension = pytest.mark.skipif(not HAS_EXTENSION, reason="built without CUDA kernels")
+
+
+@needs_extension
+def test_extension_imports_without_torch_and_driver() -> None:
+    """No libtorch, no libcuda, no libcudart: nothing to match and nothing to miss."""
+    from longgen_kernels import _C
+
+    info = _C.build_info()
+    assert info["cuda_archs"].split(",") == list(cuda.build_info().cuda_archs)
+    assert info["cuda_runtime"] >= 12030
+    linked = subprocess.run(["ldd", _C.__file__], check=True, capture_output=True, text=True).stdout
+    assert not re.search(r"lib(torch|c10|cuda|cudart)\b", linked)
+
+
+@needs_extension
+def test_extension_refuses_an_unknown_dtype() -> None:
+    from longgen_kernels import _C
+
+    strides = {f"{name}_strides": (0, 0, 0) for name in ("out_a", "lse_a", "out_b", "lse_b")}
+    addresses = dict.fromkeys(("out_a", "lse_a", "out_b", "lse_b", "out", "lse", "stream"), 0)
+    with pytest.raises(ValueError, match="dtype is 'float8'; valid are float16, bfloat16 and float32"):
+        _C.merge_attn_states(batch=1, seqlen=1, heads=1, head_dim=8, dtype="float8", **strides, **addresses)
+
+
+def cuobjdump() -> str:
+    """From the CUDA toolkit, or the one that Triton ships."""
+    places = ["", "/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    found = next(filter(None, (shutil.which("cuobjdump", path=place or None) for place in places)), None)
+    if found is None:
+        pytest.skip("no cuobjdump")
+    return found
+
+
+@needs_extension
+def test_kernels_do_not_spill() -> None:
+    """No kernel, of any architecture, keeps registers in local memory."""
+    from longgen_kernels import _C
+
+    usage = subprocess.run(
+        [cuobjdump(), "--dump-resource-usage", _C.__file__], check=True, capture_output=True, text=True
+    ).stdout
+    kernels = re.findall(r"Function (\S+):\s+(.*)", usage)
+    assert len({name for name, _ in kernels}) >= 12
+    for name, resources in kernels:
+        used = dict(re.findall(r"(\w+):(\d+)", resources))
+        assert (used["STACK"], used["LOCAL"]) == ("0", "0"), f"{name}: {resources}"
