@@ -33,8 +33,8 @@ def merge_attn_states(
         backend: "auto", "cuda", "triton" or "reference"; see `explain_merge` for what would run.
 
     Returns:
-        (out, lse), contiguous, shaped and typed like `out_a` and `lse_a`. A row that is -inf in both has output 0 and LSE
-        -inf, and zero gradients. The arithmetic is in fp32 (fp64 for fp64), and bitwise repeatable.
+        (out, lse), contiguous, shaped and typed like `out_a` and `lse_a`. A row that is -inf in both has output 0, LSE
+        -inf and zero gradients. The arithmetic is in fp32 (fp64 for fp64), and bitwise repeatable.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, its value and what would be valid.
@@ -80,7 +80,8 @@ def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
         raise TypeError(f"out_a is {out_a.dtype}; valid are float16, bfloat16, float32 and float64")
     if out_a.dim() not in (3, 4) or out_a.shape[-1] == 0:
         raise ValueError(
-            f"out_a has shape {tuple(out_a.shape)}; valid are (batch, seqlen, heads, head_dim) and (total, heads, head_dim)"
+            f"out_a has shape {tuple(out_a.shape)}; valid are (batch, seqlen, heads, head_dim) and "
+            "(total, heads, head_dim), head_dim at least 1"
         )
     if out_b.dtype != out_a.dtype:
         raise TypeError(f"out_b is {out_b.dtype}; it must be out_a's {out_a.dtype}")

@@ -60,9 +60,7 @@ def _merge_bwd(
     return dout_a, dlse_a, dout_b, dlse_b
 
 
-def _merge_fake(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str
-) -> tuple[Tensor, Tensor]:
+def _merge_fake(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 

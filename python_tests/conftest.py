@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,7 +51,7 @@ def triton_device() -> str:
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def poison(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Tensor]:
     """Every fresh buffer holds NaN (integers: their largest value) while the test runs, so that what a kernel reads
     without having written, or does not write, shows. The value is the function that poisons a tensor in place."""
     for owner, name in [
@@ -62,7 +62,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.Tensor],
         (torch.Tensor, "new_empty_strided"),
     ]:
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-    yield _fill_with_poison
+    return _fill_with_poison
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

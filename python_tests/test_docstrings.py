@@ -10,11 +10,14 @@ import pytest
 
 import longgen_kernels
 
-MODULES = ["longgen_kernels"] + sorted(
-    module.name
-    for module in pkgutil.walk_packages(longgen_kernels.__path__, "longgen_kernels.")
-    if module.name.split(".")[-1] not in ("_C", "__main__")
-)
+MODULES = [
+    "longgen_kernels",
+    *(
+        module.name
+        for module in pkgutil.walk_packages(longgen_kernels.__path__, "longgen_kernels.")
+        if module.name.split(".")[-1] not in ("_C", "__main__")
+    ),
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

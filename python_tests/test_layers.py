@@ -61,8 +61,7 @@ def imports(module: str, path: Path) -> Iterator[str]:
                 base = f"{package}.{base}".rstrip(".")
             # `from package import name` imports a module if there is one of that name.
             names = [
-                full if (full := f"{base}.{alias.name}") in MODULES or full in PLACES else base
-                for alias in node.names
+                full if (full := f"{base}.{alias.name}") in MODULES or full in PLACES else base for alias in node.names
             ]
         else:
             continue

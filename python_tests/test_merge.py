@@ -242,16 +242,14 @@ BAD: list[tuple[type[Exception], str, Callable[[States], list[object]]]] = [
 
 
 @pytest.mark.parametrize(("error", "message", "change"), BAD, ids=[message for _, message, _ in BAD])
-def test_bad_arguments(
-    error: type[Exception], message: str, change: Callable[[States], list[object]]
-) -> None:
+def test_bad_arguments(error: type[Exception], message: str, change: Callable[[States], list[object]]) -> None:
     with pytest.raises(error, match=message):
         merge_attn_states(*change(make_states(2, 3, 4, 8)))
 
 
 def test_bad_backends() -> None:
     states = make_states(1, 2, 1, 4)
-    with pytest.raises(ValueError, match='backend is "?\'?fast'):
+    with pytest.raises(ValueError, match="backend is \"?'?fast"):
         merge_attn_states(*states, backend="fast")
     with pytest.raises(NotImplementedError, match="cuda: takes CUDA tensors, got cpu tensors"):
         merge_attn_states(*states, backend="cuda")

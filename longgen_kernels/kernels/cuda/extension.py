@@ -75,13 +75,15 @@ def _device_unsupported(index: int) -> str | None:
     # Within a major version every driver runs every runtime; our runtime may be newer than PyTorch's.
     if info["cuda_driver"] // 1000 < info["cuda_runtime"] // 1000:
         built, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in (info["cuda_runtime"], info["cuda_driver"]))
-        return f"built with CUDA {built}, and the installed driver runs CUDA {driver}: update it, or build with an older nvcc"
+        return f"built with CUDA {built}, but the driver runs CUDA {driver}: update it, or build with an older nvcc"
     archs = info["cuda_archs"].split(",")
     capability = torch.cuda.get_device_capability(index)
     if not runs_on(archs, capability):
         name = torch.cuda.get_device_name(index)
         built = ", ".join(archs)
-        return f"built for compute capabilities {built}; {name} has {capability[0]}.{capability[1]} (LONGGEN_CUDA_ARCHS)"
+        return (
+            f"built for compute capabilities {built}; {name} has {capability[0]}.{capability[1]} (LONGGEN_CUDA_ARCHS)"
+        )
     return None
 
 

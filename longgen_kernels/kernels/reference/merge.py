@@ -22,7 +22,8 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 def merge_attn_states_bwd(
     dout: Tensor, dlse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dout_a, dlse_a, dout_b, dlse_b): `dlse_a = w_a (dlse + dout . (out_a - out))`, `out_a - out = w_b (out_a - out_b)`."""
+    """(dout_a, dlse_a, dout_b, dlse_b). With w_a + w_b = 1, `out_a - out` is `w_b (out_a - out_b)`, so that
+    `dlse_a = w_a (dlse + dout . (out_a - out))` needs no `out`."""
     weight_a, weight_b, lse = _merge_lse(lse_a, lse_b)
     w_a, w_b = _per_row(weight_a), _per_row(weight_b)
     dout = dout.to(lse.dtype)
