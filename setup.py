@@ -1,7 +1,7 @@
-"""Builds the CUDA extension `longgen_kernels._C` with CMake and ninja where there is an nvcc. The rest is in pyproject.toml.
+"""Builds the CUDA extension `longgen_kernels._C` with CMake and ninja where there is an nvcc.
 
 Environment:
-    LONGGEN_CUDA        AUTO (default): build the CUDA kernels if there is an nvcc. ON: fail without one. OFF: don't build.
+    LONGGEN_CUDA        AUTO (default): build the CUDA kernels if there is an nvcc. ON: fail without one. OFF: do not.
     LONGGEN_CUDA_ARCHS  compute capabilities, default "80;90a". The lowest plain one is also embedded as PTX, which the
                         driver compiles on GPUs newer than all of them.
     CUDA_HOME           the CUDA toolkit to use; otherwise nvcc comes from PATH or /usr/local/cuda.
@@ -51,7 +51,7 @@ def cuda_archs(value: str | None) -> list[str]:
 
 
 def cmake_architectures(archs: list[str]) -> list[str]:
-    """Machine code for every architecture, and PTX of the lowest that later GPUs can run too ("90a" runs on 9.0 alone)."""
+    """Machine code for every architecture, and PTX of the lowest that later GPUs run too ("90a" runs on 9.0 alone)."""
     portable = [arch for arch in archs if arch.isdigit()]
     return [f"{arch}-real" for arch in archs] + [f"{arch}-virtual" for arch in portable[:1]]
 

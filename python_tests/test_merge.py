@@ -26,7 +26,7 @@ def make_states(
     *shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", empty_rows: bool = True
 ) -> States:
     """Two states; with `empty_rows` some rows are -inf in a, in b and in both, and hold NaN."""
-    batch, seqlen, heads, head_dim = shape
+    batch, seqlen, heads, _ = shape
     lse_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     outs, lses = [], []
     for _ in range(2):
@@ -249,7 +249,7 @@ def test_bad_arguments(error: type[Exception], message: str, change: Callable[[S
 
 def test_bad_backends() -> None:
     states = make_states(1, 2, 1, 4)
-    with pytest.raises(ValueError, match="backend is \"?'?fast"):
+    with pytest.raises(ValueError, match="backend is 'fast'"):
         merge_attn_states(*states, backend="fast")
     with pytest.raises(NotImplementedError, match="cuda: takes CUDA tensors, got cpu tensors"):
         merge_attn_states(*states, backend="cuda")
@@ -318,7 +318,7 @@ class TestOnGpu:
 
     def test_double_precision_has_no_kernel(self, backend: str) -> None:
         states = make_states(1, 2, 1, 8, dtype=torch.float64, device="cuda")
-        with pytest.raises(NotImplementedError, match="no kernel for torch.float64"):
+        with pytest.raises(NotImplementedError, match=r"no kernel for torch\.float64"):
             merge_attn_states(*states, backend=backend)
         with pytest.raises(NotImplementedError, match='backend="reference"'):
             merge_attn_states(*states)
