@@ -21,6 +21,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).resolve().parent
@@ -88,18 +89,19 @@ def build_tool(name: str) -> str:
 
 
 def git_commit() -> str:
-    """The commit of this checkout, "+" added if files differ from it; "unknown" outside a checkout, as in an sdist."""
+    """The commit of this checkout, "+" added if files differ from it, or the one that the sdist was made from."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
-            return "unknown"  # unpacked inside somebody else's repository
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == ROOT:  # not unpacked inside another repository
+            changed = git("status", "--porcelain", "--untracked-files=no")
+            return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        pass  # no git, or no repository
+    stated = ROOT / "COMMIT"
+    return stated.read_text().strip() if stated.exists() else "unknown"
 
 
 def say(message: str) -> None:
@@ -111,6 +113,14 @@ def say(message: str) -> None:
                 terminal.write(f"\n{message}\n")
         except OSError:
             pass  # nobody is watching: the log has it, and so has `python -m longgen_kernels`
+
+
+class SourceDistribution(sdist):
+    """States the commit in a file, which a build from the sdist reads."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        Path(base_dir, "COMMIT").write_text(git_commit() + "\n")
 
 
 class BuildExtension(build_ext):
@@ -189,4 +199,7 @@ class BuildExtension(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("longgen_kernels._C", sources=[])], cmdclass={"build_ext": BuildExtension})
+    setup(
+        ext_modules=[Extension("longgen_kernels._C", sources=[])],
+        cmdclass={"build_ext": BuildExtension, "sdist": SourceDistribution},
+    )
