@@ -105,7 +105,9 @@ def key_runs(
                 first = (stride - head_phase) % stride
                 rank = ceil_div((strided_lo >> log2_block) - first, stride)
                 end = ceil_div(((strided_hi + (1 << log2_block) - 1) >> log2_block) - first, stride)
-                columns = tl.maximum(end - rank, 0) << log2_block
+                # The window may begin inside the last block; what it has is cut off.
+                overhang = tl.maximum(((first + (end - 1) * stride + 1) << log2_block) - strided_hi, 0)
+                columns = tl.maximum(((end - rank) << log2_block) - overhang, 0)
                 n_strided = tl.where(strided_hi > strided_lo, ceil_div(columns, BLOCK_N), 0)
     return n_sink, n_strided, n_window, sink_tile, window_tile, rank, strided_lo, strided_hi
 
@@ -150,7 +152,7 @@ def key_tile(
                 base = (block << log2_block) + (column & ((1 << log2_block) - 1))
                 run_lo = strided_lo
                 run_hi = strided_hi
-                masked = (i == n_sink) | (i == n_sink + n_strided - 1)
+                masked = (base < run_lo) | (i == n_sink) | (i == n_sink + n_strided - 1)
     return base, gathered, masked, run_lo, run_hi
 
 
