@@ -35,17 +35,11 @@ def build_info() -> BuildInfo:
 
 def available(device: torch.device | None = None) -> str | None:
     """None if the portable CUDA kernels run on `device` (by default the current one), otherwise the reason why not."""
-    reason = _not_loadable()
-    if reason is not None:
-        return reason
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm"
-    if torch.version.cuda is None:
-        return "this PyTorch is a CPU build"
-    if not torch.cuda.is_available():
-        return _no_gpu()
-    index = device.index if device is not None and device.index is not None else torch.cuda.current_device()
-    return _device_unsupported(index)
+    if device is not None and device.index is not None:
+        return _unavailable_on(device.index)  # a tensor is there: nothing is asked twice
+    if torch.cuda.is_available():
+        return _unavailable_on(torch.cuda.current_device())
+    return _not_loadable() or _no_gpu()
 
 
 @functools.cache
@@ -62,13 +56,20 @@ def _not_loadable() -> str | None:
 def _no_gpu() -> str:
     from longgen_kernels import _C
 
+    if torch.version.cuda is None:
+        return "built, but this PyTorch is a build without CUDA"
     if _C.build_info()["cuda_driver"] == 0:
         return "built, but this machine has no NVIDIA driver"
     return "built, but PyTorch finds no GPU that it can use"
 
 
 @functools.cache
-def _device_unsupported(index: int) -> str | None:
+def _unavailable_on(index: int) -> str | None:
+    reason = _not_loadable()
+    if reason is not None:
+        return reason
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm"
     from longgen_kernels import _C
 
     info = _C.build_info()
