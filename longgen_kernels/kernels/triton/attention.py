@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.kernels.triton.backward import attn_bwd_dkdv_kernel, attn_bwd_dq_kernel, bwd_rows_kernel
@@ -21,11 +22,14 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     tile = _tile("fwd", problem)
+    flags = _flags(problem, tile)
+    flags["TMA"] = not flags["GATHER"] and _tma_can_read(problem, k, v)
+    k_source, v_source = _sources(flags["TMA"], tile.block_n, k, v)
     with _device_of(q):
         attn_fwd_kernel[_query_grid(problem, tile.block_m)](
-            q, k, v, out, lse, *_packing(problem), *_mask_lists(problem, "rows"),
+            q, k_source, v_source, out, lse, *_packing(problem), *_mask_lists(problem, "rows"),
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_lse_strides(lse),
-            **_common(problem, "q_blocks"), **_flags(problem, tile),
+            **_common(problem, "q_blocks"), **flags,
         )  # fmt: skip
     return out, lse
 
@@ -38,29 +42,43 @@ def attn_bwd(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    delta, lse_log2 = torch.empty_like(lse), torch.empty_like(lse)
-    dlse_strides = (0, 0, 0) if dlse is None else (*_lse_strides(dlse), dlse.stride(-1))
     rows, block = q.shape[-3], 16 if INTERPRETED else 64
+    # The bulk tensor copy engine reads these too, from multiples of 16 bytes: so many rows of padding put each tile
+    # (whose positions are multiples of its size) there.
+    pad = 0 if problem.varlen else problem.q_start % 4
+    stats_shape = (*lse.shape[:-1], math.ceil((pad + rows) / 4) * 4)
+    padded_stats = [torch.empty(stats_shape, dtype=torch.float32, device=q.device) for _ in range(2)]
+    delta, lse_log2 = (x[..., pad : pad + rows] for x in padded_stats)
+    dlse_strides = (0, 0, 0) if dlse is None else (*_lse_strides(dlse), dlse.stride(-1))
     batch = 1 if problem.varlen else problem.batch
     block_d = padded_head_dim(problem.head_dim)
     with _device_of(q):
-        bwd_rows_kernel[(math.ceil(rows / block), problem.q_heads, batch)](
-            dout, out, lse, dlse, delta, lse_log2, *_strides(dout), *_strides(out), *_lse_strides(lse),
-            *dlse_strides, rows, problem.head_dim, block_d, block, dlse is not None,
+        bwd_rows_kernel[(math.ceil((pad + rows) / block), problem.q_heads, batch)](
+            dout, out, lse, dlse, *padded_stats, *_strides(dout), *_strides(out), *_lse_strides(lse),
+            *dlse_strides, *_lse_strides(delta), rows, pad, problem.head_dim, block_d, block, dlse is not None,
         )  # fmt: skip
-        tensors = q, k, v, dout, lse_log2, delta
         strides = *_strides(q), *_strides(k), *_strides(v), *_strides(dout)
         tile = _tile("dkdv", problem)
+        flags = _flags(problem, tile)
+        flags["TMA"] = _tma_can_read(problem, q, dout)
+        q_source, dout_source = _sources(flags["TMA"], tile.block_m, q, dout)
+        lse_source, delta_source = lse_log2, delta
+        if flags["TMA"]:
+            delta_source, lse_source = (_descriptor(x[..., : pad + rows], [1, 1, tile.block_m]) for x in padded_stats)
         grid, slack = _key_grid(problem, tile.block_n)
         attn_bwd_dkdv_kernel[grid](
-            *tensors, dk, dv, *_packing(problem), *_mask_lists(problem, "cols"), *strides, *_strides(dk),
-            *_lse_strides(lse), slack=slack, scale=problem.softmax_scale,
-            **_common(problem, "k_blocks"), **_flags(problem, tile),
+            q_source, k, v, dout_source, lse_source, delta_source, dk, dv, *_packing(problem), *_mask_lists(problem, "cols"),
+            *strides, *_strides(dk), *_lse_strides(delta),
+            slack=slack, scale=problem.softmax_scale, **_common(problem, "k_blocks"), **flags,
         )  # fmt: skip
         tile = _tile("dq", problem)
+        flags = _flags(problem, tile)
+        flags["TMA"] = not flags["GATHER"] and _tma_can_read(problem, k, v)
+        k_source, v_source = _sources(flags["TMA"], tile.block_n, k, v)
         attn_bwd_dq_kernel[_query_grid(problem, tile.block_m)](
-            *tensors, dq, *_packing(problem), *_mask_lists(problem, "rows"), *strides, *_strides(dq),
-            *_lse_strides(lse), scale=problem.softmax_scale, **_common(problem, "q_blocks"), **_flags(problem, tile),
+            q, k_source, v_source, dout, lse_log2, delta, dq, *_packing(problem), *_mask_lists(problem, "rows"),
+            *strides, *_strides(dq), *_lse_strides(delta),
+            scale=problem.softmax_scale, **_common(problem, "q_blocks"), **flags,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -104,6 +122,29 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 def _lse_strides(lse: Tensor) -> tuple[int, int]:
     return (lse.stride(0) if lse.ndim == 3 else 0, lse.stride(-2))
+
+
+def _tma_can_read(problem: AttentionProblem, *tensors: Tensor) -> bool:
+    """Can the bulk tensor copy engine (Hopper and newer) feed a kernel's stream of tiles from these tensors?
+
+    Not from packed sequences: it cannot stop at a sequence's end, and a neighbour's NaN times a weight of 0 is NaN.
+    """
+    if problem.varlen or problem.q.dtype.itemsize != 2:
+        return False
+    if not INTERPRETED and (torch.version.hip or torch.cuda.get_device_capability(problem.q.device) < (9, 0)):
+        return False
+    return all(x.data_ptr() % 16 == 0 and all(0 < n and n % 8 == 0 for n in x.stride()[:-1]) for x in tensors)
+
+
+def _sources(tma: bool, rows: int, *tensors: Tensor) -> list[Any]:
+    """The tensors as they are, or as descriptors of (batch, heads, seqlen, head_dim) that yield tiles of `rows` rows."""
+    if not tma:
+        return list(tensors)
+    return [_descriptor(x.transpose(1, 2), [1, 1, rows, padded_head_dim(x.shape[-1])]) for x in tensors]
+
+
+def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
 def _packing(problem: AttentionProblem) -> tuple[Tensor | None, ...]:
@@ -150,8 +191,9 @@ def _flags(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
     """What the kernels are compiled for."""
     pattern = problem.pattern
     block_mask = isinstance(pattern, BlockMask)
-    window = 0
+    window, strided = 0, False
     if not isinstance(pattern, BlockMask):
+        strided = pattern.stride is not None
         window = 1 if pattern.window is not None else 2 if pattern.window_blocks is not None else 0
     flags: dict[str, Any] = {
         "GROUP": problem.q_heads // problem.kv_heads,
@@ -162,7 +204,8 @@ def _flags(problem: AttentionProblem, tile: Tile) -> dict[str, Any]:
         "BLOCK_MASK": block_mask,
         "CAUSAL": pattern.causal_only,
         "WINDOW": window,
-        "STRIDED": not isinstance(pattern, BlockMask) and pattern.stride is not None,
+        "STRIDED": strided,
+        "GATHER": strided and (pattern.block_size or 1) < tile.block_n,
         "VARLEN": problem.varlen,
         "HAS_Q_STARTS": problem.q_starts is not None,
         "HAS_K_STARTS": problem.k_starts is not None,

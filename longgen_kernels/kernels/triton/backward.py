@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from longgen_kernels.kernels.triton.iterate import (
+    ceil_div,
     column_tile,
     gather_offsets,
     key_runs,
@@ -17,39 +18,41 @@ from longgen_kernels.kernels.triton.iterate import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "lse_sb", "lse_sh", "dlse_sb", "dlse_sh"])
+@triton.jit(do_not_specialize=["rows", "lse_sb", "lse_sh", "dlse_sb", "dlse_sh", "stat_sb", "stat_sh", "pad"])
 def bwd_rows_kernel(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse_log2_ptr,
     do_sb: tl.int64, do_ss: tl.int64, do_sh: tl.int64,
     o_sb: tl.int64, o_ss: tl.int64, o_sh: tl.int64,
     lse_sb: tl.int64, lse_sh: tl.int64, dlse_sb: tl.int64, dlse_sh: tl.int64, dlse_ss: tl.int64,
-    rows: tl.int32,
+    stat_sb: tl.int64, stat_sh: tl.int64, rows: tl.int32, pad: tl.int32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dlse, and the LSE in base 2, +inf where a row saw nothing; grid (tiles, heads, batch).
 
-    With +inf a row's probabilities exp2(s - lse) are 0, masked or not.
+    With +inf a row's probabilities exp2(s - lse) are 0, masked or not. `pad` such rows are put before the first.
     """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ok = row < rows
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M) - pad
+    ok = (row >= 0) & (row < rows)
     head = tl.program_id(1)
-    seq = tl.program_id(2).to(tl.int64)
+    seq64 = tl.program_id(2).to(tl.int64)
     row64 = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     mask = ok[:, None] & (d < HEAD_DIM)[None, :]
-    dout = tl.load(dout_ptr + seq * do_sb + head * do_sh + row64[:, None] * do_ss + d[None, :], mask=mask, other=0.0)
-    out = tl.load(out_ptr + seq * o_sb + head * o_sh + row64[:, None] * o_ss + d[None, :], mask=mask, other=0.0)
+    dout = tl.load(dout_ptr + seq64 * do_sb + head * do_sh + row64[:, None] * do_ss + d[None, :], mask=mask, other=0.0)
+    out = tl.load(out_ptr + seq64 * o_sb + head * o_sh + row64[:, None] * o_ss + d[None, :], mask=mask, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + seq * dlse_sb + head * dlse_sh + row64 * dlse_ss, mask=ok, other=0.0)
-    at = seq * lse_sb + head * lse_sh + row64
-    lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
-    tl.store(delta_ptr + at, delta, mask=ok)
-    tl.store(lse_log2_ptr + at, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634), mask=ok)
+        delta -= tl.load(dlse_ptr + seq64 * dlse_sb + head * dlse_sh + row64 * dlse_ss, mask=ok, other=0.0)
+    at = seq64 * lse_sb + head * lse_sh + row64
+    lse = tl.load(lse_ptr + at, mask=ok, other=float("-inf"))
+    at = seq64 * stat_sb + head * stat_sh + row64 + pad
+    tl.store(delta_ptr + at, delta, mask=row < rows)
+    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    tl.store(lse_log2_ptr + at, lse_log2, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "total_q", "total_k", "lse_sb", "lse_sh",
+    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "total_q", "total_k", "stat_sb", "stat_sh",
     "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_rows_per_head",
 ])  # fmt: skip
 def attn_bwd_dq_kernel(
@@ -60,14 +63,14 @@ def attn_bwd_dq_kernel(
     v_sb: tl.int64, v_ss: tl.int64, v_sh: tl.int64,
     do_sb: tl.int64, do_ss: tl.int64, do_sh: tl.int64,
     dq_sb: tl.int64, dq_ss: tl.int64, dq_sh: tl.int64,
-    lse_sb: tl.int64, lse_sh: tl.int64,
+    stat_sb: tl.int64, stat_sh: tl.int64,
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
     batch: tl.int32, total_q: tl.int32, total_k: tl.int32, scale, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
     phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
-    VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
+    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * dS K with dS = P * (dO V^T - delta); grid (query tiles, q_heads, batch or 1), as the forward."""
@@ -80,14 +83,15 @@ def attn_bwd_dq_kernel(
         )  # fmt: skip
         q_first = q_row0.to(tl.int64)
         k_first = k_row0.to(tl.int64)
-        seq = 0
+        seq = tl.program_id(2)  # 0
     else:
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq = tl.program_id(2).to(tl.int64)
+        seq = tl.program_id(2)
         q_len = seqlen_q
         k_len = seqlen_k
         q_first = 0
         k_first = 0
+    seq64 = seq.to(tl.int64)
 
     p_tile = (q_start & -BLOCK_M) + tile * BLOCK_M
     if p_tile >= q_start + q_len:
@@ -107,45 +111,51 @@ def attn_bwd_dq_kernel(
         inside = (q_block >= 0) & (q_block < mask_rows_per_head)
         mask_row = tl.where(inside, (head // mask_group) * mask_rows_per_head + q_block, -1)
 
-    n_sink, n_strided, n_window, sink_tile, window_tile, rank, strided_lo, strided_hi = key_runs(
+    n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi = key_runs(
         p_first, p_last, k_start, k_end, head_phase, mask_row, sink, window, stride, log2_block, mask_rows,
         BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
     )  # fmt: skip
+    n_strided = ceil_div(n_columns, BLOCK_N)
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
     q_rows = (q_first + rows).to(tl.int64)
     tile_ok = row_ok[:, None] & d_ok[None, :]
-    q = tl.load(q_ptr + seq * q_sb + head * q_sh + q_rows[:, None] * q_ss + d[None, :], mask=tile_ok, other=0.0)
-    dout = tl.load(dout_ptr + seq * do_sb + head * do_sh + q_rows[:, None] * do_ss + d[None, :], mask=tile_ok, other=0.0)
-    lse_log2 = tl.load(lse_log2_ptr + seq * lse_sb + head * lse_sh + q_rows, mask=row_ok, other=float("inf"))
-    delta = tl.load(delta_ptr + seq * lse_sb + head * lse_sh + q_rows, mask=row_ok, other=0.0)
+    q = tl.load(q_ptr + seq64 * q_sb + head * q_sh + q_rows[:, None] * q_ss + d[None, :], mask=tile_ok, other=0.0)
+    dout = tl.load(dout_ptr + seq64 * do_sb + head * do_sh + q_rows[:, None] * do_ss + d[None, :], mask=tile_ok, other=0.0)
+    lse_log2 = tl.load(lse_log2_ptr + seq64 * stat_sb + head * stat_sh + q_rows, mask=row_ok, other=float("inf"))
+    delta = tl.load(delta_ptr + seq64 * stat_sb + head * stat_sh + q_rows, mask=row_ok, other=0.0)
     columns = tl.arange(0, BLOCK_N)
     gathered_columns = columns
-    if STRIDED:
+    if GATHER:
         gathered_columns = gather_offsets(columns, stride, log2_block)
-    k_base = k_ptr + seq * k_sb + kv_head * k_sh + (k_first - k_start) * k_ss + d[None, :]
-    v_base = v_ptr + seq * v_sb + kv_head * v_sh + (k_first - k_start) * v_ss + d[None, :]
+    if not TMA:
+        k_base = k_ptr + seq64 * k_sb + kv_head * k_sh + (k_first - k_start) * k_ss + d[None, :]
+        v_base = v_ptr + seq64 * v_sb + kv_head * v_sh + (k_first - k_start) * v_ss + d[None, :]
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(0, n_sink + n_strided + n_window, num_stages=STAGES):
         base, gathered, masked, run_lo, run_hi = key_tile(
             i, p_first, p_last, k_start, k_end, head_phase, n_sink, n_strided, sink_tile, window_tile, rank,
-            strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
+            n_columns, strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
             BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
         )  # fmt: skip
         j = base + columns
-        if STRIDED:
+        if GATHER:
             j = base + tl.where(gathered, gathered_columns, columns)
-        j_ok = (j >= k_start) & (j < k_end)
-        kv_ok = j_ok[:, None] & d_ok[None, :]
-        k = tl.load(k_base + j.to(tl.int64)[:, None] * k_ss, mask=kv_ok, other=0.0)
-        v = tl.load(v_base + j.to(tl.int64)[:, None] * v_ss, mask=kv_ok, other=0.0)
+        if TMA:
+            k = k_ptr.load([seq, kv_head, base - k_start, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = v_ptr.load([seq, kv_head, base - k_start, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            j_ok = (j >= k_start) & (j < k_end)
+            kv_ok = j_ok[:, None] & d_ok[None, :]
+            k = tl.load(k_base + j.to(tl.int64)[:, None] * k_ss, mask=kv_ok, other=0.0)
+            v = tl.load(v_base + j.to(tl.int64)[:, None] * v_ss, mask=kv_ok, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if masked:
             seen = visible_tile(
-                p[:, None], j[None, :], run_lo, run_hi, head_phase, sink, window, stride, log2_block,
-                CAUSAL, WINDOW, STRIDED,
+                p[:, None], j[None, :], base, run_lo, run_hi, head_phase, sink, window, stride, log2_block,
+                CAUSAL, WINDOW, STRIDED, GATHER,
             )  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
         w = tl.exp2(s * scale_log2 - lse_log2[:, None])
@@ -154,13 +164,13 @@ def attn_bwd_dq_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     tl.store(
-        dq_ptr + seq * dq_sb + head * dq_sh + q_rows[:, None] * dq_ss + d[None, :],
+        dq_ptr + seq64 * dq_sb + head * dq_sh + q_rows[:, None] * dq_ss + d[None, :],
         (dq * scale).to(dq_ptr.dtype.element_ty), mask=tile_ok,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "total_q", "total_k", "lse_sb", "lse_sh", "slack",
+    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "total_q", "total_k", "stat_sb", "stat_sh", "slack",
     "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_cols_per_head",
 ])  # fmt: skip
 def attn_bwd_dkdv_kernel(
@@ -171,14 +181,14 @@ def attn_bwd_dkdv_kernel(
     v_sb: tl.int64, v_ss: tl.int64, v_sh: tl.int64,
     do_sb: tl.int64, do_ss: tl.int64, do_sh: tl.int64,
     dk_sb: tl.int64, dk_ss: tl.int64, dk_sh: tl.int64,
-    lse_sb: tl.int64, lse_sh: tl.int64,
+    stat_sb: tl.int64, stat_sh: tl.int64,
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
     batch: tl.int32, total_q: tl.int32, total_k: tl.int32, slack: tl.int32, scale, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
     phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_cols_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
-    VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
+    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO and dK = scale * dS^T Q, summed over a GQA group; grid (kv_heads, key tiles, batch or 1).
@@ -193,14 +203,15 @@ def attn_bwd_dkdv_kernel(
         )  # fmt: skip
         q_first = q_row0.to(tl.int64)
         k_first = k_row0.to(tl.int64)
-        seq = 0
+        seq = tl.program_id(2)  # 0
     else:
         tile = tl.program_id(1)
-        seq = tl.program_id(2).to(tl.int64)
+        seq = tl.program_id(2)
         q_len = seqlen_q
         k_len = seqlen_k
         q_first = 0
         k_first = 0
+    seq64 = seq.to(tl.int64)
 
     q_end = q_start + q_len
     k_end = k_start + k_len
@@ -231,8 +242,8 @@ def attn_bwd_dkdv_kernel(
     d_ok = d < HEAD_DIM
     k_rows = (k_first - k_start + j).to(tl.int64)
     own_ok = own[:, None] & d_ok[None, :]
-    k = tl.load(k_ptr + seq * k_sb + kv_head * k_sh + k_rows[:, None] * k_ss + d[None, :], mask=own_ok, other=0.0)
-    v = tl.load(v_ptr + seq * v_sb + kv_head * v_sh + k_rows[:, None] * v_ss + d[None, :], mask=own_ok, other=0.0)
+    k = tl.load(k_ptr + seq64 * k_sb + kv_head * k_sh + k_rows[:, None] * k_ss + d[None, :], mask=own_ok, other=0.0)
+    v = tl.load(v_ptr + seq64 * v_sb + kv_head * v_sh + k_rows[:, None] * v_ss + d[None, :], mask=own_ok, other=0.0)
     offsets = tl.arange(0, BLOCK_M)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -246,9 +257,10 @@ def attn_bwd_dkdv_kernel(
             first_entry = tl.load(mask_cols + column, mask=column >= 0, other=0)
             last_entry = tl.load(mask_cols + column + 1, mask=column >= 0, other=0)
             n_tiles = (last_entry - first_entry) * ((1 << log2_block) // BLOCK_M)
-        q_base = q_ptr + seq * q_sb + head * q_sh + (q_first - q_start) * q_ss + d[None, :]
-        do_base = dout_ptr + seq * do_sb + head * do_sh + (q_first - q_start) * do_ss + d[None, :]
-        row_base = seq * lse_sb + head * lse_sh + q_first - q_start
+        if not TMA:
+            q_base = q_ptr + seq64 * q_sb + head * q_sh + (q_first - q_start) * q_ss + d[None, :]
+            do_base = dout_ptr + seq64 * do_sb + head * do_sh + (q_first - q_start) * do_ss + d[None, :]
+            row_base = seq64 * stat_sb + head * stat_sh + q_first - q_start
         for i in tl.range(0, n_tiles, num_stages=STAGES):
             p_tile = p_tile0 + i * BLOCK_M
             if BLOCK_MASK:
@@ -256,13 +268,20 @@ def attn_bwd_dkdv_kernel(
                 block = tl.load(mask_indices + first_entry + i // per_block)
                 p_tile = (block << log2_block) + (i % per_block) * BLOCK_M
             p = p_tile + offsets
-            row_ok = (p >= q_start) & (p < q_end)
-            q_ok = row_ok[:, None] & d_ok[None, :]
-            q = tl.load(q_base + p.to(tl.int64)[:, None] * q_ss, mask=q_ok, other=0.0)
-            dout = tl.load(do_base + p.to(tl.int64)[:, None] * do_ss, mask=q_ok, other=0.0)
-            # Rows outside the sequence weigh exp2(s - inf) = 0.
-            lse_log2 = tl.load(lse_log2_ptr + row_base + p, mask=row_ok, other=float("inf"))
-            delta = tl.load(delta_ptr + row_base + p, mask=row_ok, other=0.0)
+            if TMA:
+                q = q_ptr.load([seq, head, p_tile - q_start, 0]).reshape(BLOCK_M, BLOCK_D)
+                dout = dout_ptr.load([seq, head, p_tile - q_start, 0]).reshape(BLOCK_M, BLOCK_D)
+                # Rows outside the sequence read as 0 everywhere: they weigh 1, times a dO and a dO V^T - delta of 0.
+                lse_log2 = lse_log2_ptr.load([seq, head, p_tile - (q_start & -4)]).reshape(BLOCK_M)
+                delta = delta_ptr.load([seq, head, p_tile - (q_start & -4)]).reshape(BLOCK_M)
+            else:
+                row_ok = (p >= q_start) & (p < q_end)
+                q_ok = row_ok[:, None] & d_ok[None, :]
+                q = tl.load(q_base + p.to(tl.int64)[:, None] * q_ss, mask=q_ok, other=0.0)
+                dout = tl.load(do_base + p.to(tl.int64)[:, None] * do_ss, mask=q_ok, other=0.0)
+                # Here they weigh exp2(s - inf) = 0.
+                lse_log2 = tl.load(lse_log2_ptr + row_base + p, mask=row_ok, other=float("inf"))
+                delta = tl.load(delta_ptr + row_base + p, mask=row_ok, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
             masked = i < 0
             if CAUSAL:
@@ -285,6 +304,6 @@ def attn_bwd_dkdv_kernel(
             ds = w * (dw - delta[None, :])
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    at = seq * dk_sb + kv_head * dk_sh + k_rows[:, None] * dk_ss + d[None, :]
+    at = seq64 * dk_sb + kv_head * dk_sh + k_rows[:, None] * dk_ss + d[None, :]
     tl.store(dk_ptr + at, (dk * scale).to(dk_ptr.dtype.element_ty), mask=own_ok)
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=own_ok)

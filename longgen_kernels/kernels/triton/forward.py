@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from longgen_kernels.kernels.triton.iterate import gather_offsets, key_runs, key_tile, sequence_of, visible_tile
+from longgen_kernels.kernels.triton.iterate import (
+    ceil_div,
+    gather_offsets,
+    key_runs,
+    key_tile,
+    sequence_of,
+    visible_tile,
+)
 
 
 @triton.jit(do_not_specialize=[
@@ -23,7 +30,7 @@ def attn_fwd_kernel(
     phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
-    VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
+    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * Q K^T, masked) V and its LSE; grid (query tiles, q_heads, batch or 1).
@@ -40,15 +47,16 @@ def attn_fwd_kernel(
         )  # fmt: skip
         q_first = q_row0.to(tl.int64)
         k_first = k_row0.to(tl.int64)
-        seq = 0
+        seq = tl.program_id(2)  # 0
     else:
         # The last tiles of a causal pattern are its longest: they go first.
         tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq = tl.program_id(2).to(tl.int64)
+        seq = tl.program_id(2)
         q_len = seqlen_q
         k_len = seqlen_k
         q_first = 0
         k_first = 0
+    seq64 = seq.to(tl.int64)
 
     # Tiles are aligned to positions, also below 0, so the first one may begin before row 0.
     p_tile = (q_start & -BLOCK_M) + tile * BLOCK_M
@@ -69,25 +77,27 @@ def attn_fwd_kernel(
         inside = (q_block >= 0) & (q_block < mask_rows_per_head)
         mask_row = tl.where(inside, (head // mask_group) * mask_rows_per_head + q_block, -1)
 
-    n_sink, n_strided, n_window, sink_tile, window_tile, rank, strided_lo, strided_hi = key_runs(
+    n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi = key_runs(
         p_first, p_last, k_start, k_end, head_phase, mask_row, sink, window, stride, log2_block, mask_rows,
         BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
     )  # fmt: skip
+    n_strided = ceil_div(n_columns, BLOCK_N)
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
     q_rows = (q_first + rows).to(tl.int64)
     q = tl.load(
-        q_ptr + seq * q_sb + head * q_sh + q_rows[:, None] * q_ss + d[None, :],
+        q_ptr + seq64 * q_sb + head * q_sh + q_rows[:, None] * q_ss + d[None, :],
         mask=row_ok[:, None] & d_ok[None, :], other=0.0,
     )  # fmt: skip
     columns = tl.arange(0, BLOCK_N)
     gathered_columns = columns
-    if STRIDED:
+    if GATHER:
         gathered_columns = gather_offsets(columns, stride, log2_block)
     # Position `x` lies at k_base + x * k_ss.
-    k_base = k_ptr + seq * k_sb + kv_head * k_sh + (k_first - k_start) * k_ss + d[None, :]
-    v_base = v_ptr + seq * v_sb + kv_head * v_sh + (k_first - k_start) * v_ss + d[None, :]
+    if not TMA:
+        k_base = k_ptr + seq64 * k_sb + kv_head * k_sh + (k_first - k_start) * k_ss + d[None, :]
+        v_base = v_ptr + seq64 * v_sb + kv_head * v_sh + (k_first - k_start) * v_ss + d[None, :]
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     denom = tl.zeros([BLOCK_M], tl.float32)
@@ -95,21 +105,25 @@ def attn_fwd_kernel(
     for i in tl.range(0, n_sink + n_strided + n_window, num_stages=STAGES):
         base, gathered, masked, run_lo, run_hi = key_tile(
             i, p_first, p_last, k_start, k_end, head_phase, n_sink, n_strided, sink_tile, window_tile, rank,
-            strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
+            n_columns, strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
             BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
         )  # fmt: skip
         j = base + columns
-        if STRIDED:
+        if GATHER:
             j = base + tl.where(gathered, gathered_columns, columns)
-        j_ok = (j >= k_start) & (j < k_end)
-        kv_ok = j_ok[:, None] & d_ok[None, :]
-        k = tl.load(k_base + j.to(tl.int64)[:, None] * k_ss, mask=kv_ok, other=0.0)
-        v = tl.load(v_base + j.to(tl.int64)[:, None] * v_ss, mask=kv_ok, other=0.0)
+        if TMA:
+            k = k_ptr.load([seq, kv_head, base - k_start, 0]).reshape(BLOCK_N, BLOCK_D)
+            v = v_ptr.load([seq, kv_head, base - k_start, 0]).reshape(BLOCK_N, BLOCK_D)
+        else:
+            j_ok = (j >= k_start) & (j < k_end)
+            kv_ok = j_ok[:, None] & d_ok[None, :]
+            k = tl.load(k_base + j.to(tl.int64)[:, None] * k_ss, mask=kv_ok, other=0.0)
+            v = tl.load(v_base + j.to(tl.int64)[:, None] * v_ss, mask=kv_ok, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if masked:
             seen = visible_tile(
-                p[:, None], j[None, :], run_lo, run_hi, head_phase, sink, window, stride, log2_block,
-                CAUSAL, WINDOW, STRIDED,
+                p[:, None], j[None, :], base, run_lo, run_hi, head_phase, sink, window, stride, log2_block,
+                CAUSAL, WINDOW, STRIDED, GATHER,
             )  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)
@@ -126,7 +140,7 @@ def attn_fwd_kernel(
     out = acc / tl.where(seen_any, denom, 1.0)[:, None]
     lse = tl.where(seen_any, (m + tl.log2(tl.where(seen_any, denom, 1.0))) * 0.6931471805599453, float("-inf"))
     tl.store(
-        out_ptr + seq * o_sb + head * o_sh + q_rows[:, None] * o_ss + d[None, :], out.to(out_ptr.dtype.element_ty),
+        out_ptr + seq64 * o_sb + head * o_sh + q_rows[:, None] * o_ss + d[None, :], out.to(out_ptr.dtype.element_ty),
         mask=row_ok[:, None] & d_ok[None, :],
     )  # fmt: skip
-    tl.store(lse_ptr + seq * lse_sb + head * lse_sh + q_rows, lse, mask=row_ok)
+    tl.store(lse_ptr + seq64 * lse_sb + head * lse_sh + q_rows, lse, mask=row_ok)

@@ -66,15 +66,15 @@ def key_runs(
 ):  # fmt: skip
     """The key tiles that queries at positions p_first..p_last (inclusive) visit.
 
-    Returns (n_sink, n_strided, n_window, sink_tile, window_tile, rank, strided_lo, strided_hi): tile counts of the
-    runs, first tile of the sink's and of the window's run, first strided rank, and the positions [strided_lo,
-    strided_hi) between sink and window. With a block mask n_window counts the tiles of the row's list and `rank` is the list's first entry.
+    Returns (n_sink, n_window, sink_tile, window_tile, rank, columns, strided_lo, strided_hi): tile counts of two runs
+    and their first tiles; first rank and number of columns of the strided blocks that lie in [strided_lo, strided_hi),
+    between sink and window. With a block mask n_window counts the tiles of the row's list and `rank` is its first entry.
     """
     hi = k_end
     if CAUSAL:
         hi = tl.minimum(k_end, p_last + 1)
     n_sink = 0
-    n_strided = 0
+    columns = 0
     sink_tile = k_start // BLOCK_N
     rank = 0
     strided_lo = 0
@@ -108,14 +108,14 @@ def key_runs(
                 # The window may begin inside the last block; what it has is cut off.
                 overhang = tl.maximum(((first + (end - 1) * stride + 1) << log2_block) - strided_hi, 0)
                 columns = tl.maximum(((end - rank) << log2_block) - overhang, 0)
-                n_strided = tl.where(strided_hi > strided_lo, ceil_div(columns, BLOCK_N), 0)
-    return n_sink, n_strided, n_window, sink_tile, window_tile, rank, strided_lo, strided_hi
+                columns = tl.where(strided_hi > strided_lo, columns, 0)
+    return n_sink, n_window, sink_tile, window_tile, rank, columns, strided_lo, strided_hi
 
 
 @triton.jit
 def key_tile(
-    i, p_first, p_last, k_start, k_end, head_phase, n_sink, n_strided, sink_tile, window_tile, rank, strided_lo,
-    strided_hi, sink, window, stride, log2_block, mask_indices,
+    i, p_first, p_last, k_start, k_end, head_phase, n_sink, n_strided, sink_tile, window_tile, rank, columns,
+    strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
     BLOCK_N: tl.constexpr, BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     """The i-th key tile: (base position, is it gathered from strided blocks, does it need a mask, run_lo, run_hi).
@@ -152,7 +152,7 @@ def key_tile(
                 base = (block << log2_block) + (column & ((1 << log2_block) - 1))
                 run_lo = strided_lo
                 run_hi = strided_hi
-                masked = (base < run_lo) | (i == n_sink) | (i == n_sink + n_strided - 1)
+                masked = (base < run_lo) | (column + BLOCK_N > columns)
     return base, gathered, masked, run_lo, run_hi
 
 
@@ -164,10 +164,13 @@ def gather_offsets(columns, stride, log2_block):
 
 @triton.jit
 def visible_tile(
-    p, j, run_lo, run_hi, head_phase, sink, window, stride, log2_block,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
+    p, j, base, run_lo, run_hi, head_phase, sink, window, stride, log2_block,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr, GATHER: tl.constexpr,
 ):  # fmt: skip
-    """Visible pairs for query positions p (column vector) and key positions j (row vector) of one run."""
+    """Visible pairs for query positions p (column vector) and the key positions j (row vector) of the tile at `base`.
+
+    GATHER says that a pattern's blocks are smaller than a tile, so that a tile holds several.
+    """
     seen = (j >= run_lo) & (j < run_hi)
     if CAUSAL:
         seen = seen & (j <= p)
@@ -178,7 +181,10 @@ def visible_tile(
             near = (p >> log2_block) - (j >> log2_block) < window
         far = j < sink
         if STRIDED:
-            far = far | (((j >> log2_block) + head_phase) % stride == 0)
+            if GATHER:
+                far = far | (((j >> log2_block) + head_phase) % stride == 0)
+            else:  # the tile lies in one block: one division serves all its columns
+                far = far | (((base >> log2_block) + head_phase) % stride == 0)
         seen = seen & (near | far)
     return seen
 
