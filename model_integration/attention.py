@@ -109,7 +109,9 @@ def attention_mask_for(
     return torch.zeros((), dtype=like.dtype, device=like.device).where(visible, torch.finfo(like.dtype).min)
 
 
-def _flex_mask(layout: SequenceLayout, pattern: AttentionPattern, heads: int, kv_heads: int, device: torch.device) -> Any:
+def _flex_mask(
+    layout: SequenceLayout, pattern: AttentionPattern, heads: int, kv_heads: int, device: torch.device
+) -> Any:
     """The same mask for FlexAttention. transformers' helper evaluates head 0 only, which would lose per-head phases."""
     sequence, position = layout.sequences_and_positions(device)
     rows = torch.arange(sequence.shape[0], device=device)

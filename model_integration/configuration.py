@@ -39,8 +39,8 @@ class LongGenLlamaConfig(LlamaConfig):
     """Llama with full attention in some layers and a sparse pattern in the others.
 
     Args:
-        sparse_pattern: what the sparse layers see: an `AttentionPattern`, or its `to_dict()`; it is kept as the dict, so
-            that it goes into config.json. Default: 128 sink tokens and a window of 2048.
+        sparse_pattern: what the sparse layers see: an `AttentionPattern`, or its `to_dict()`; it is kept as the dict,
+            so that it goes into config.json. Default: 128 sink tokens and a window of 2048.
         full_ratio: share of the layers that keep full attention.
         full_placement: where those layers are: middle (LongGen), bottom, top or interleaved.
         full_layers: their indices, instead of ratio and placement.

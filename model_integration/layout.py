@@ -59,8 +59,8 @@ class SequenceLayout:
         kv_length = seen + q_length if kv_length is None else kv_length
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError(
-                f"attention_mask must be 2-D (batch, tokens), got shape {tuple(attention_mask.shape)}: every layer's own "
-                "mask is made from it and the layer's pattern"
+                f"attention_mask must be 2-D (batch, tokens), got shape {tuple(attention_mask.shape)}: "
+                "every layer's own mask is made from it and the layer's pattern"
             )
         if cu_seq_lens is not None:
             return cls._packed(batch_size, q_length, kv_length, seen, attention_mask, cu_seq_lens, max_length)
@@ -97,7 +97,9 @@ class SequenceLayout:
         if attention_mask is not None and not attention_mask.all():
             raise ValueError("cu_seq_lens_q and an attention_mask with padding exclude each other")
         if int(cu_seq_lens[-1]) != batch_size * q_length:
-            raise ValueError(f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, but there are {batch_size * q_length} tokens")
+            raise ValueError(
+                f"cu_seq_lens_q ends at {int(cu_seq_lens[-1])}, but there are {batch_size * q_length} tokens"
+            )
         longest = int(cu_seq_lens.diff().max()) if max_length is None else int(max_length)
         return cls(q_length, kv_length, 0, None, cu_seq_lens.to(torch.int32), longest)
 
@@ -154,7 +156,8 @@ def _needed_padding(attention_mask: Tensor, q_length: int, kv_length: int, seen:
     written = seen + q_length
     if attention_mask.shape[1] != written:
         raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns; {seen} cached and {q_length} new tokens need {written}"
+            f"attention_mask has {attention_mask.shape[1]} columns; "
+            f"{seen} cached and {q_length} new tokens need {written}"
         )
     real = attention_mask.bool()
     if kv_length == written:

@@ -25,7 +25,8 @@ class LongGenLlamaPreTrainedModel(LlamaPreTrainedModel):
         requested = attention.NAME if requested_attention is None else requested_attention
         if requested not in attention.IMPLEMENTATIONS:
             raise ValueError(
-                f"attn_implementation={requested!r} cannot run sparse layers; use {', '.join(attention.IMPLEMENTATIONS)}"
+                f"attn_implementation={requested!r} cannot run sparse layers; "
+                f"use {', '.join(attention.IMPLEMENTATIONS)}"
             )
         return super().get_correct_attn_implementation(requested, *args, **kwargs)
 
@@ -88,6 +89,10 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("cache") is not None:
+            raise ValueError(
+                "continuous batching (a paged cache) is not supported: its attention functions would run dense"
+            )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, q_length = hidden_states.shape[:2]
         if use_cache and past_key_values is None:

@@ -1,0 +1,282 @@
+"""The command line of finetune: its options, their defaults, and every check that needs no work first."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import AutoConfig, LlamaConfig
+from transformers.training_args import OptimizerNames
+
+from longgen_kernels import AttentionPattern
+from model_integration.attention import IMPLEMENTATIONS
+from model_integration.configuration import FULL_PLACEMENTS, LongGenLlamaConfig
+from model_integration.data import DataError, find_files
+
+#: Defaults of a small model trained from nothing, and of a pretrained checkpoint that becomes a hybrid.
+FROM_SCRATCH: dict[str, Any] = {
+    "seq_length": 256,
+    "batch_size": 8,
+    "max_steps": 560,
+    "learning_rate": 4e-3,
+    "warmup_steps": 30,
+    "sink": 16,
+    "window": 64,
+}
+PRETRAINED: dict[str, Any] = {
+    "seq_length": 4096,
+    "batch_size": 1,
+    "max_steps": 1000,
+    "learning_rate": 2e-5,
+    "warmup_steps": 50,
+    "sink": 128,
+    "window": 2048,
+}
+
+#: The small model: about 1.2 million parameters.
+SMALL_MODEL: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+#: Options that may differ between a run and its continuation: they say where and how fast, not what.
+FREE_ON_RESUME = ("output_dir", "resume", "overwrite", "attn_implementation", "backend", "device")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with one line for an error, instead of the usage of forty options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def build_parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog="python -m model_integration.finetune",
+        description="Train a LongGen hybrid Llama. Without arguments: a small byte-level one, from nothing, on the "
+        "source code of Python's standard library; it needs neither network nor GPU. With --model: turn a Llama "
+        "checkpoint into a hybrid and fine-tune it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    def both(name: str) -> str:
+        return f"(from scratch: {FROM_SCRATCH[name]}, with --model: {PRETRAINED[name]})"
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", type=Path, metavar="DIR", help="Llama or LongGen checkpoint directory to start from")
+    group.add_argument("--tokenizer", metavar="DIR", help="tokenizer directory (the model's own, or raw bytes)")
+    group.add_argument("--rope-base", type=float, help="RoPE base, such as 5e6 for 128K tokens (as it is)")
+    group.add_argument("--full-ratio", type=float, help="share of layers with full attention (1/3)")
+    group.add_argument("--full-placement", choices=FULL_PLACEMENTS, help="where they are (middle)")
+    group.add_argument(
+        "--full-layers", type=int, nargs="+", metavar="I", help="their indices, instead of the two above"
+    )
+
+    group = parser.add_argument_group("pattern of the sparse layers")
+    group.add_argument("--sink", type=int, help=f"first tokens that stay visible {both('sink')}")
+    group.add_argument("--window", type=int, help=f"last tokens that stay visible {both('window')}")
+    group.add_argument("--window-blocks", type=int, help="window in blocks of --block-size, instead of --window")
+    group.add_argument("--stride", type=int, help="of every STRIDE blocks one stays visible")
+    group.add_argument("--block-size", type=int, help="tokens in a block, a power of two")
+    group.add_argument("--head-phase-step", type=int, help="shift of the strided blocks from KV head to KV head (1)")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", type=Path, nargs="+", metavar="PATH", help=".txt, .md, .py, .jsonl, or directories of them"
+    )
+    group.add_argument("--dataset", metavar="PATH", help="a datasets directory or name, instead of --data")
+    group.add_argument("--dataset-split", default="train", help="which split of it")
+    group.add_argument(
+        "--text-field", default="text", help="field of .jsonl lines and column of datasets with the text"
+    )
+    group.add_argument("--held-out", type=float, default=0.05, help="share of the documents kept for evaluation")
+    group.add_argument("--seq-length", type=int, help=f"tokens in a training sequence {both('seq_length')}")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--max-steps", type=int, help=f"optimizer steps {both('max_steps')}")
+    group.add_argument("--batch-size", type=int, help=f"sequences per device and step {both('batch_size')}")
+    group.add_argument("--accumulate", type=int, default=1, help="forward passes summed into one optimizer step")
+    group.add_argument(
+        "--learning-rate", type=float, help=f"peak, then a cosine down to a tenth {both('learning_rate')}"
+    )
+    group.add_argument("--warmup-steps", type=int, help=f"linear warm-up {both('warmup_steps')}")
+    group.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
+    optimizers = [str(o.value) for o in OptimizerNames]
+    group.add_argument(
+        "--optimizer", default="adamw_torch", choices=optimizers, metavar="NAME", help="a Trainer optimizer"
+    )
+    group.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "bf16-weights"),
+        help="bf16: fp32 weights, 16-bit arithmetic; bf16-weights: all in bf16",
+    )
+    group.add_argument(
+        "--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of weights and data order")
+
+    group = parser.add_argument_group("what runs it")
+    group.add_argument(
+        "--attn-implementation", default="longgen", choices=IMPLEMENTATIONS, help="same result, other speed"
+    )
+    group.add_argument("--backend", choices=("cuda", "triton", "reference"), help="of longgen (the fastest that can)")
+    group.add_argument("--device", default="auto", choices=("auto", "cpu"), help="auto: the GPU if there is one")
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output-dir", type=Path, help="checkpoints, final/, loss.png (runs/stdlib, runs/NAME of --model)"
+    )
+    group.add_argument("--log-steps", type=int, default=10, help="steps between points of the training loss")
+    group.add_argument("--eval-steps", type=int, default=100, help="steps between evaluations")
+    group.add_argument("--eval-blocks", type=int, default=128, help="held-out sequences in an evaluation")
+    group.add_argument("--save-steps", type=int, default=200, help="steps between checkpoints")
+    group.add_argument("--resume", action="store_true", help="continue from the last checkpoint in --output-dir")
+    group.add_argument("--overwrite", action="store_true", help="start again where a run has already been")
+    return parser
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The checked options, defaults filled in and `config` (a LongGenLlamaConfig) added.
+
+    Bad paths and impossible combinations end the process with status 2 and one line.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    defaults = PRETRAINED if args.model else FROM_SCRATCH
+    args.pattern = _pattern_fields(args, defaults)
+    short_run = args.max_steps is not None and args.warmup_steps is None
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if short_run:
+        args.warmup_steps = min(args.warmup_steps, args.max_steps // 5)
+    if args.output_dir is None:
+        args.output_dir = Path("runs", args.model.resolve().name if args.model else "stdlib")
+    try:
+        _check(args)
+        args.config = _hybrid_config(args)
+    except (UsageError, DataError) as error:
+        parser.error(str(error))
+    return args
+
+
+class UsageError(ValueError):
+    """An option, or a combination, that cannot work; the message is one line."""
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("max_steps", "batch_size", "accumulate", "log_steps", "eval_steps", "eval_blocks", "save_steps"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.seq_length < 2:
+        raise UsageError(f"--seq-length must be at least 2, got {args.seq_length}")
+    if not 0.0 < args.held_out < 1.0:
+        raise UsageError(f"--held-out must lie between 0 and 1, got {args.held_out}")
+    if not args.learning_rate > 0.0:
+        raise UsageError(f"--learning-rate must be positive, got {args.learning_rate}")
+    if not 0 <= args.warmup_steps <= args.max_steps:
+        raise UsageError(f"--warmup-steps must lie in [0, --max-steps={args.max_steps}], got {args.warmup_steps}")
+    if args.save_steps % args.log_steps:
+        raise UsageError(
+            f"--save-steps ({args.save_steps}) must be a multiple of --log-steps ({args.log_steps}), "
+            "or a resumed loss curve would have other points"
+        )
+    if args.data and args.dataset:
+        raise UsageError("--data and --dataset exclude each other")
+    if args.data:
+        find_files(args.data)
+    if args.full_layers is not None and (args.full_ratio is not None or args.full_placement is not None):
+        raise UsageError("--full-layers excludes --full-ratio and --full-placement")
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    if args.backend and args.attn_implementation != "longgen":
+        raise UsageError(
+            f"--backend {args.backend} needs --attn-implementation longgen, not {args.attn_implementation}"
+        )
+    if args.backend in ("cuda", "triton") and cpu:
+        raise UsageError(
+            f"--backend {args.backend} needs a CUDA GPU" + (", not --device cpu" if args.device == "cpu" else "")
+        )
+    if args.attn_implementation == "flex_attention" and cpu:
+        raise UsageError("--attn-implementation flex_attention cannot train on a CPU: it has no backward pass there")
+    if args.tokenizer and not Path(args.tokenizer).is_dir():
+        raise UsageError(f"--tokenizer {args.tokenizer}: no such directory")
+    _check_output(args)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    out: Path = args.output_dir
+    if args.resume and args.overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--output-dir {out} is not a directory")
+    if args.resume and not list(out.glob("checkpoint-*/trainer_state.json")):
+        raise UsageError(f"--resume: no checkpoint in {out}")
+    if not args.resume and not args.overwrite and (any(out.glob("checkpoint-*")) or (out / "final").exists()):
+        raise UsageError(f"{out} already holds a run: --resume continues it, --overwrite starts again")
+
+
+def _pattern_fields(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any] | None:
+    """The pattern that the options describe, as AttentionPattern's arguments; None when no option speaks of it."""
+    names = ("sink", "window", "window_blocks", "stride", "block_size", "head_phase_step")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not given and args.model:
+        return None
+    if "window_blocks" not in given:
+        given.setdefault("window", defaults["window"])
+    given.setdefault("sink", defaults["sink"])
+    if "stride" in given:
+        given.setdefault("head_phase_step", 1)
+    return given
+
+
+def _hybrid_config(args: argparse.Namespace) -> LongGenLlamaConfig:
+    """The config of the model to train; UsageError where a checkpoint or a combination is no good."""
+    changes: dict[str, Any] = {}
+    for option, field in (
+        ("full_ratio", "full_ratio"),
+        ("full_placement", "full_placement"),
+        ("rope_base", "rope_theta"),
+    ):
+        if getattr(args, option) is not None:
+            changes[field] = getattr(args, option)
+    if args.full_layers is not None or args.full_ratio is not None or args.full_placement is not None:
+        changes["full_layers"] = args.full_layers
+    try:
+        source = _llama_config(args.model) if args.model else LlamaConfig(**SMALL_MODEL)
+        hybrid_already = isinstance(source, LongGenLlamaConfig)
+        if args.pattern is not None:
+            changes["sparse_pattern"] = AttentionPattern(**args.pattern)
+        elif not hybrid_already:
+            changes["sparse_pattern"] = AttentionPattern.sink_window(args.sink, args.window)
+        if args.model is None or args.seq_length > source.max_position_embeddings:
+            changes["max_position_embeddings"] = args.seq_length
+        return LongGenLlamaConfig.from_llama(source, **changes)
+    except UsageError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _llama_config(path: Path) -> LlamaConfig:
+    if not path.is_dir():
+        raise UsageError(f"--model {path}: no such directory")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"--model {path}: no config.json, so no checkpoint")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise UsageError(f"--model {path}: no weights (*.safetensors or pytorch_model*.bin)")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except Exception as error:  # malformed files raise whatever their parser raises
+        raise UsageError(f"--model {path}: config.json cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, LlamaConfig):
+        raise UsageError(
+            f"--model {path}: a {config.model_type} model; only llama and longgen_llama can become a hybrid"
+        )
+    return config

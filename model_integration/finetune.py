@@ -1,0 +1,214 @@
+"""Train a LongGen hybrid Llama: `python -m model_integration.finetune --help`.
+
+Without arguments it trains a small byte-level hybrid on the source code of Python's standard library, on whatever this
+machine has. With `--model` it turns a Llama checkpoint into a hybrid and fine-tunes it on your text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from model_integration.arguments import FREE_ON_RESUME, parse_arguments
+from model_integration.data import (
+    DataError,
+    Document,
+    TokenBlocks,
+    byte_tokenizer,
+    read_dataset,
+    read_files,
+    split_held_out,
+    standard_library,
+)
+from model_integration.modeling import LongGenLlamaForCausalLM
+from model_integration.reporting import BITS_PER_BYTE, ProgressBar, plot_losses
+
+SETTINGS_FILE = "finetune.json"
+
+
+class BitsPerByteTrainer(Trainer):
+    """Trainer that adds bits per byte, which compares across tokenizers, to every evaluation."""
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        bits_per_token = output.metrics[f"{metric_key_prefix}_loss"] / math.log(2)
+        output.metrics[f"{metric_key_prefix}_bits_per_byte"] = bits_per_token / self.eval_dataset.bytes_per_token
+        return output
+
+
+def load_tokenizer(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The tokenizer asked for, the checkpoint's own, or bytes; DataError when it does not fit the model."""
+    path = args.tokenizer or args.model
+    if path is None:
+        tokenizer = byte_tokenizer()
+        args.config.vocab_size = len(tokenizer)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # a broken directory raises whatever its parser raises
+            raise DataError(f"no tokenizer in {path}: {str(error).splitlines()[0]}; see --tokenizer") from error
+        if args.model is None:
+            args.config.vocab_size = len(tokenizer)
+    if tokenizer.eos_token_id is None:
+        raise DataError(f"the tokenizer in {path} has no end-of-text token to put between documents")
+    if len(tokenizer) > args.config.vocab_size:
+        raise DataError(
+            f"the tokenizer in {path} has {len(tokenizer)} tokens, the model only embeds {args.config.vocab_size}"
+        )
+    if args.model is None:
+        args.config.bos_token_id, args.config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return tokenizer
+
+
+def load_documents(args: argparse.Namespace) -> tuple[list[Document], list[Document]]:
+    """(training, held-out) documents of `--data`, `--dataset` or the standard library."""
+    if args.data:
+        documents = list(read_files(args.data, args.text_field))
+    elif args.dataset:
+        documents = list(read_dataset(args.dataset, args.dataset_split, args.text_field))
+    else:
+        documents = standard_library()
+    train, held_out = split_held_out(documents, args.held_out)
+    if not train or not held_out:
+        raise DataError(
+            f"{len(documents)} documents split into {len(train)} to train on and {len(held_out)} held out; "
+            "give more files, or set --held-out"
+        )
+    return train, held_out
+
+
+def build_model(args: argparse.Namespace) -> LongGenLlamaForCausalLM:
+    """The hybrid: new weights from the seed, or those of `--model`, unchanged."""
+    dtype = torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
+    args.config._attn_implementation = args.attn_implementation
+    if args.model:
+        return LongGenLlamaForCausalLM.from_pretrained(args.model, config=args.config, dtype=dtype)
+    set_seed(args.seed)
+    return LongGenLlamaForCausalLM._from_config(args.config, dtype=dtype)
+
+
+def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(args.output_dir),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=args.warmup_steps,
+        weight_decay=args.weight_decay,
+        adam_beta2=0.95,
+        optim=args.optimizer,
+        bf16=args.precision == "bf16",
+        gradient_checkpointing=args.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
+        seed=args.seed,
+        use_cpu=args.device == "cpu",
+        logging_steps=args.log_steps,
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        prediction_loss_only=True,
+        dataloader_pin_memory=args.device != "cpu" and torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
+def prepare_output(args: argparse.Namespace) -> str | None:
+    """Make the output directory ready; the checkpoint to resume from, or None.
+
+    Raises DataError when a run is to be continued with other settings than it began with.
+    """
+    out: Path = args.output_dir
+    settings = {name: value for name, value in vars(args).items() if name not in (*FREE_ON_RESUME, "config")}
+    settings = json.loads(json.dumps(settings, default=str))
+    if args.resume:
+        before = json.loads((out / SETTINGS_FILE).read_text())
+        changed = sorted(name for name in settings if settings[name] != before.get(name))
+        if changed:
+            was = ", ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
+            raise DataError(f"--resume continues a run with the settings it began with: {was}")
+        complete = out.glob("checkpoint-*/trainer_state.json")  # the last file that a checkpoint gets
+        return str(max(complete, key=lambda p: int(p.parent.name.split("-")[1])).parent)
+    for old in (*out.glob("checkpoint-*"), out / "final"):
+        shutil.rmtree(old, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    return None
+
+
+def finetune(args: argparse.Namespace) -> dict[str, float]:
+    """Run the training that checked arguments describe; returns the metrics of the final evaluation."""
+    if args.backend:
+        os.environ["LONGGEN_BACKEND"] = args.backend
+    tokenizer = load_tokenizer(args)
+    train_documents, held_out_documents = load_documents(args)
+    train = TokenBlocks(train_documents, tokenizer, args.seq_length)
+    held_out = TokenBlocks(held_out_documents, tokenizer, args.seq_length).thinned(args.eval_blocks)
+    for name, blocks in (("training", train), ("held-out", held_out)):
+        if not len(blocks):
+            raise DataError(f"the {name} text is shorter than one sequence of {args.seq_length} tokens")
+    checkpoint = prepare_output(args)
+    model = build_model(args)
+    trainer = BitsPerByteTrainer(
+        model=model,
+        args=training_arguments(args),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBar())
+    full = args.config.full_layer_indices
+    print(
+        f"{model.num_parameters():,} parameters; layers {', '.join(map(str, full)) or 'none'} of "
+        f"{args.config.num_hidden_layers} full, the others {args.config.sparse_pattern}\n"
+        f"{len(train_documents)} training documents, {train.tokens.size:,} tokens; "
+        f"{len(held_out_documents)} documents held out; on {trainer.args.device}",
+        flush=True,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    metrics: dict[str, float] = trainer.evaluate()
+
+    out: Path = args.output_dir
+    model.config.use_cache = True  # Trainer turns it off while it trains, and would save that
+    trainer.save_model(str(out / "final"))
+    trainer.state.save_to_json(str(out / "final" / "trainer_state.json"))
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.state.log_history, held_out.bytes_per_token, out / "loss.png")
+        print(f"{metrics[BITS_PER_BYTE]:.3f} bits per byte on held-out text; {out}/loss.png, checkpoint in {out}/final")
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    try:
+        finetune(args)
+    except DataError as error:
+        print(f"python -m model_integration.finetune: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

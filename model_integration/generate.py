@@ -1,0 +1,64 @@
+"""Continue a prompt: `python -m model_integration.generate --checkpoint DIR --prompt "def "`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+from model_integration.arguments import OneLineParser
+from model_integration.attention import IMPLEMENTATIONS
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(
+        prog="python -m model_integration.generate",
+        description="Continue a prompt with a LongGen hybrid, printing the text as it comes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="what finetune wrote as final/")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=400)
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token always")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the K most likely tokens only (0: from all)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="sample from the most likely tokens of this total probability"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--attn-implementation", default="longgen", choices=IMPLEMENTATIONS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    args = parser.parse_args(argv)
+    if not (args.checkpoint / "config.json").is_file():
+        parser.error(f"--checkpoint {args.checkpoint}: no such directory, or no config.json in it")
+    if not args.prompt:
+        parser.error("--prompt must not be empty")
+    if args.max_new_tokens < 1 or args.temperature < 0.0 or args.top_k < 0 or not 0.0 < args.top_p <= 1.0:
+        parser.error("need --max-new-tokens >= 1, --temperature >= 0, --top-k >= 0 and 0 < --top-p <= 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.checkpoint, attn_implementation=args.attn_implementation, dtype=args.dtype
+    ).to(args.device)
+    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p} if args.temperature else {}
+    model.generate(
+        **inputs,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.temperature > 0.0,
+        use_cache=True,  # a checkpoint from the middle of a training run says False
+        pad_token_id=tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Corpora, the byte tokenizer, the split and the blocks."""
+
+import json
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from model_integration.data import (
+    DataError,
+    Document,
+    TokenBlocks,
+    byte_tokenizer,
+    read_dataset,
+    read_files,
+    split_held_out,
+    standard_library,
+)
+
+TEXT = "def é(x):\n\treturn 'naïve 😀' <|endoftext|> \x00\x7f\u00ad\r\n"
+
+
+def test_byte_tokenizer_is_bytes_and_reloads(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == 257
+    ids = tokenizer(TEXT, add_special_tokens=False, split_special_tokens=True).input_ids
+    assert ids == list(TEXT.encode())
+    assert tokenizer.decode(ids) == TEXT
+    assert tokenizer(bytes(range(128)).decode()).input_ids == list(range(128))
+    assert tokenizer.eos_token_id == 256
+
+
+def test_blocks_hold_the_documents_in_order():
+    documents = [Document("a", "aéa"), Document("b", ""), Document("c", "cc<|endoftext|>")]
+    blocks = TokenBlocks(documents, byte_tokenizer(), seq_length=4)
+    stream = [*"aéa".encode(), 256, 256, *b"cc<|endoftext|>", 256]
+    assert blocks.tokens.flatten().tolist() == stream[: len(stream) // 4 * 4]
+    assert blocks[1]["input_ids"].tolist() == stream[4:8] == blocks[1]["labels"].tolist()
+    assert blocks.bytes_per_token == (len(stream) - 3) / len(stream)
+
+
+def test_thinned_blocks_are_spread_and_not_repeated():
+    blocks = TokenBlocks([Document("a", "x" * 399)], byte_tokenizer(), seq_length=4)
+    blocks.tokens[:, 0] = np.arange(100)
+    thin = blocks.thinned(10)
+    assert thin.tokens[:, 0].tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert len(blocks) == 100
+    assert len(blocks.thinned(1000)) == 100
+
+
+def test_split_depends_on_names_alone():
+    documents = [Document(f"file{i}.py", str(i)) for i in range(1000)]
+    train, held_out = split_held_out(documents, 0.1)
+    again = split_held_out(reversed(documents[:500]), 0.1)
+    assert 60 < len(held_out) < 140
+    assert not set(train) & set(held_out)
+    assert set(again[1]) == {d for d in held_out if d in documents[:500]}
+    assert [d.name for d in again[0]] == [d.name for d in train if d in documents[:500]]
+
+
+def test_standard_library_has_no_tests():
+    documents = standard_library()
+    names = {d.name for d in documents}
+    assert {"argparse.py", "json/decoder.py"} <= names
+    assert not [n for n in names if {"test", "tests", "site-packages"} & set(n.split("/"))]
+    assert sum(len(d.text) for d in documents) > 3_000_000
+
+
+def test_files_and_directories(tmp_path):
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "inner" / "b.jsonl").write_text('{"text": "two"}\n\n{"text": "three"}\n')
+    (tmp_path / "ignored.bin").write_text("no")
+    assert [d.text for d in read_files([tmp_path], "text")] == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("not json", "b.jsonl:1: not a JSON object"), ('{"body": "x"}', "field 'text'"), ('{"text": 3}', "holds int")],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    (tmp_path / "b.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        list(read_files([tmp_path], "text"))
+
+
+def test_datasets_directory(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": f"row {i}"} for i in range(3)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    assert [d.text for d in read_dataset(str(tmp_path / "saved"), "train", "text")] == [r["text"] for r in rows]
+    (tmp_path / "lines").mkdir()
+    (tmp_path / "lines" / "x.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    assert len(list(read_dataset(str(tmp_path / "lines"), "train", "text"))) == 3
+    with pytest.raises(DataError, match="has columns text, no 'body'"):
+        list(read_dataset(str(tmp_path / "saved"), "train", "body"))
+    with pytest.raises(DataError, match=r"--dataset .*nowhere"):
+        list(read_dataset(str(tmp_path / "nowhere"), "train", "text"))
