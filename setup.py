@@ -20,6 +20,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError, SetupError
@@ -115,6 +116,14 @@ def say(message: str) -> None:
             pass  # nobody is watching: the log has it, and so has `python -m longgen_kernels`
 
 
+class FreshBuild(build):
+    """Starts from an empty folder: a module that an earlier build left there would go into the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class SourceDistribution(sdist):
     """States the commit in a file, which a build from the sdist reads."""
 
@@ -201,5 +210,5 @@ class BuildExtension(build_ext):
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("longgen_kernels._C", sources=[])],
-        cmdclass={"build_ext": BuildExtension, "sdist": SourceDistribution},
+        cmdclass={"build": FreshBuild, "build_ext": BuildExtension, "sdist": SourceDistribution},
     )
