@@ -1,0 +1,183 @@
+"""What is measured: this package's backends and the attention kernels that can be imported beside them.
+
+A peer names itself, says whether it is there (`available`) and whether it can express a case (`unsupported`), and turns
+a case into calls (`prepare`). Tensors in and out are (batch, seqlen, heads, head_dim), as flash-attn has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench.cases import Case, Inputs
+from longgen_kernels import AttentionPattern, explain_attention, longgen_attn_func
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Prepared:
+    """The calls to be timed for one case.
+
+    `forward` runs without autograd. `backward` runs the gradient alone, on a graph that its first call builds and
+    keeps, so that a peer whose backward does not compile still has a forward. `setup` holds seconds spent beforehand.
+    """
+
+    def __init__(
+        self, attend: Attend, inputs: Inputs, *, heads_first: bool = False, setup: dict[str, float] | None = None
+    ) -> None:
+        self._attend = attend
+        self._heads_first = heads_first
+        self.setup = setup or {}
+        q, k, v, self._dout = (self._flip(x) for x in (inputs.q, inputs.k, inputs.v, inputs.dout))
+        self._qkv = q, k, v
+        self._graph: tuple[Tensor, list[Tensor]] | None = None
+
+    def forward(self) -> Tensor:
+        """The output (batch, seqlen, q_heads, head_dim)."""
+        with torch.no_grad():
+            return self._flip(self._attend(*self._qkv))
+
+    def backward(self) -> tuple[Tensor, ...]:
+        """(dq, dk, dv), laid out as q, k and v."""
+        if self._graph is None:
+            leaves = [x.detach().requires_grad_() for x in self._qkv]
+            self._graph = self._attend(*leaves), leaves
+        out, leaves = self._graph
+        return tuple(self._flip(x) for x in torch.autograd.grad(out, leaves, self._dout, retain_graph=True))
+
+    def _flip(self, x: Tensor) -> Tensor:
+        """To or from the peer's own order of dimensions: a view."""
+        return x.transpose(1, 2) if self._heads_first else x
+
+
+class Peer(Protocol):
+    """One contender."""
+
+    name: str
+
+    def available(self, device: torch.device) -> str | None:
+        """None if it can be imported and runs on the device, otherwise the reason."""
+
+    def unsupported(self, case: Case, device: torch.device) -> str | None:
+        """None if it can express the case, otherwise the reason."""
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        """The calls to be timed, with everything done that a user does once per shape."""
+
+
+class Ours:
+    """One backend of this package, through the public function."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def available(self, device: torch.device) -> str | None:
+        if os.environ.get("TRITON_INTERPRET") == "1" and self.name == "triton":
+            return "Triton's interpreter is not worth timing"
+        return self._why_not(Case("causal", AttentionPattern.causal(), 1), device)
+
+    def unsupported(self, case: Case, device: torch.device) -> str | None:
+        return self._why_not(case, device)
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = longgen_attn_func(q, k, v, case.pattern, backend=self.name)
+            assert isinstance(out, Tensor)
+            return out
+
+        return Prepared(attend, inputs)
+
+    def _why_not(self, case: Case, device: torch.device) -> str | None:
+        q = torch.empty(1, 1, case.q_heads, case.head_dim, dtype=case.dtype, device=device)
+        k = torch.empty(1, 1, case.kv_heads, case.head_dim, dtype=case.dtype, device=device)
+        return explain_attention(q, k, k, case.pattern)[self.name]
+
+
+class Sdpa:
+    """One backend of PyTorch's scaled_dot_product_attention; dense causal attention only."""
+
+    def __init__(self, name: str, backend: SDPBackend) -> None:
+        self.name = name
+        self._backend = backend
+
+    def available(self, device: torch.device) -> str | None:
+        return None if device.type == "cuda" else f"needs a GPU, this is {device.type}"
+
+    def unsupported(self, case: Case, device: torch.device) -> str | None:
+        return None if case.pattern == AttentionPattern.causal() else "dense causal attention only"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(self._backend):
+                return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=case.group > 1)
+
+        return Prepared(attend, inputs, heads_first=True)
+
+
+class FlashAttn:
+    """flash-attn 2 or 3: dense causal attention and sliding windows."""
+
+    def __init__(self, name: str, module: str) -> None:
+        self.name = name
+        self._module = module
+
+    def available(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"needs a GPU, this is {device.type}"
+        if importlib.util.find_spec(self._module) is None:
+            return f"{self._module} is not installed"
+        try:
+            importlib.import_module(self._module)
+        except Exception as error:  # a build for another torch fails in many ways; each is the reason
+            return f"{self._module} does not import: {one_line(error)}"
+        return None
+
+    def unsupported(self, case: Case, device: torch.device) -> str | None:
+        pattern = case.pattern
+        expressible = pattern.is_causal and not (pattern.sink or pattern.stride or pattern.window_blocks)
+        return None if expressible else "dense causal attention and token windows without a sink only"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        flash_attn_func: Any = importlib.import_module(self._module).flash_attn_func
+        window = case.pattern.window
+        # flash-attn counts the keys to the left of the query, without its own.
+        window_size = (-1, -1) if window is None else (window - 1, 0)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            result = flash_attn_func(q, k, v, causal=True, window_size=window_size)
+            out: Tensor = result[0] if isinstance(result, tuple) else result  # some releases return the LSE too
+            return out
+
+        return Prepared(attend, inputs)
+
+
+def all_peers() -> dict[str, Peer]:
+    """Every contender by name, ours first."""
+    from bench.flex import Flex
+
+    peers: Sequence[Peer] = (
+        Ours("cuda"),
+        Ours("triton"),
+        Ours("reference"),
+        Flex("flex", mask="block arithmetic"),
+        Flex("flex_create_mask", mask="create_block_mask"),
+        Sdpa("cudnn", SDPBackend.CUDNN_ATTENTION),
+        Sdpa("fa2_sdpa", SDPBackend.FLASH_ATTENTION),
+        FlashAttn("flash_attn", "flash_attn"),
+        FlashAttn("fa3", "flash_attn_interface"),
+    )
+    return {peer.name: peer for peer in peers}
+
+
+def one_line(error: BaseException) -> str:
+    """An exception as one line of at most 300 characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."
