@@ -64,6 +64,7 @@ class Runner:
         self._log = log
         self._passed: set[tuple[str, ...]] = set()  # (peer, case, variant, pass) that were right as a whole
         self._lost: str | None = None  # why the device cannot be used any more
+        self._current: tuple[Case, Inputs, Gate] | None = None  # serves all peers of the case at hand
 
     def run(self, plan: Plan) -> Iterator[Record]:
         """One record for each pass of each peer on each case, as they come."""
@@ -171,9 +172,6 @@ class Runner:
             inputs = make_inputs(case, self._device, self._seed)
             self._current = case, inputs, Gate(case, inputs, backward="bwd" in self._passes)
         return self._current[1:]
-
-    # The case at hand: its inputs and its gate serve all its peers.
-    _current: tuple[Case, Inputs, Gate] | None = None
 
     def _forget(self) -> None:
         self._current = None
