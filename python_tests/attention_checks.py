@@ -81,7 +81,9 @@ def results(inputs: Inputs, function: Callable[..., tuple[Tensor, Tensor]], **op
     leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out, lse = function(inputs, *leaves, **options)
     upstream = [(y, dy.to(y.dtype)) for y, dy in ((out, inputs.dout), (lse, inputs.dlse)) if dy is not None]
-    grads = torch.autograd.grad([y for y, _ in upstream], leaves, [dy for _, dy in upstream])
+    outputs, doutputs = [y for y, _ in upstream], [dy for _, dy in upstream]
+    # The LSE does not depend on v: its gradient is then zero.
+    grads = torch.autograd.grad(outputs, leaves, doutputs, allow_unused=True, materialize_grads=True)
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
 
 
