@@ -1,13 +1,18 @@
 """Sparse attention for long-context training and inference."""
 
+from longgen_kernels._version import __version__
 from longgen_kernels.attention import explain_attention, longgen_attn_func, longgen_attn_varlen_func
+from longgen_kernels.merge import explain_merge, merge_attn_states
 from longgen_kernels.patterns import AttentionPattern, BlockMask, pattern_from_dict
 
 __all__ = [
     "AttentionPattern",
     "BlockMask",
+    "__version__",
     "explain_attention",
+    "explain_merge",
     "longgen_attn_func",
     "longgen_attn_varlen_func",
+    "merge_attn_states",
     "pattern_from_dict",
 ]

@@ -136,4 +136,3 @@ def _register(name: str, impl: Any, fake: Any, backward: Any, setup: Any) -> Non
 
 _register("attn_fwd", _attn_fwd, _attn_fwd_fake, _backward, _save_for_backward)
 _register("attn_bwd", _attn_bwd, _attn_bwd_fake, _no_double_backward, lambda ctx, inputs, output: None)
-

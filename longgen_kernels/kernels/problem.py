@@ -106,14 +106,15 @@ def check_pattern(pattern: AttentionPattern | BlockMask, q: Tensor, q_end: int, 
     covers_q, covers_k = pattern.q_blocks * pattern.block_size, pattern.k_blocks * pattern.block_size
     if q_end > covers_q or k_end > covers_k:
         raise ValueError(
-            f"pattern: the block mask covers {covers_q} query and {covers_k} key positions, the call needs {q_end} and {k_end}"
+            f"pattern: the block mask covers {covers_q} query and {covers_k} key positions, "
+            f"the call needs {q_end} and {k_end}"
         )
 
 
 def checked_scale(softmax_scale: float | None, head_dim: int) -> float:
     """The softmax scale, by default head_dim ** -0.5; must be positive and finite."""
     if softmax_scale is None:
-        return head_dim**-0.5
+        return 1.0 / math.sqrt(head_dim)
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, int | float):
         raise TypeError(f"softmax_scale must be a float or None, got {type(softmax_scale).__name__}")
     if not (softmax_scale > 0 and math.isfinite(softmax_scale)):

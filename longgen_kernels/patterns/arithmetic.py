@@ -179,7 +179,7 @@ class AttentionPattern(Pattern):
         if self.window is not None:
             kept = q_pos - k_pos < self.window
         else:
-            kept = (q_pos >> shift) - (k_pos >> shift) < self.window_blocks
+            kept = (q_pos >> shift) - (k_pos >> shift) < (self.window_blocks or 0)
         if self.sink:
             kept = kept | (k_pos < self.sink)
         if self.stride is not None:

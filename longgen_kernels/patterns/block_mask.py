@@ -113,8 +113,10 @@ class BlockMask(Pattern):
             raise ValueError(f"{name}: indptr must run from 0 to nnz={indices.numel()} without gaps over the heads")
         if int(counts.min()) < 0:
             raise ValueError(f"{name}: indptr must not decrease")
-        if indices.numel() and not (0 <= int(indices.min()) and int(indices.max()) < k_blocks):
-            raise ValueError(f"{name}: indices must be in [0, {k_blocks}), got {int(indices.min())}..{int(indices.max())}")
+        if indices.numel() and (int(indices.min()) < 0 or int(indices.max()) >= k_blocks):
+            raise ValueError(
+                f"{name}: indices must be in [0, {k_blocks}), got {int(indices.min())}..{int(indices.max())}"
+            )
         heads, q_blocks = counts.shape
         row = torch.repeat_interleave(counts.flatten(), output_size=indices.numel())
         mask = torch.zeros(heads * q_blocks, k_blocks, dtype=torch.bool, device=indptr.device)

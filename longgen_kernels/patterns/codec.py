@@ -42,7 +42,8 @@ def decode_pattern(
     if code[0] == 0:
         return _decode_arithmetic(tuple(code))
     assert rows is not None and cols is not None
-    return BlockMask(rows, cols, *code[2:6], is_causal=bool(code[1]))
+    _, is_causal, heads, q_blocks, k_blocks, block_size = code[:6]
+    return BlockMask(rows, cols, heads, q_blocks, k_blocks, block_size, bool(is_causal))
 
 
 @lru_cache(maxsize=256)

@@ -123,20 +123,20 @@ def _sequences(problem: AttentionProblem, **like: Tensor | None) -> Iterator[_Se
 
     def heads_first(name: str, x: Tensor) -> Tensor:  # (batch, rows, heads, head_dim) -> five dimensions
         group_dim = 1 if name in ("k", "v", "dk", "dv") else group
-        return x.unflatten(2, (problem.kv_heads, group_dim)).permute(0, 2, 3, 1, 4)
+        split_heads: Tensor = x.unflatten(2, (problem.kv_heads, group_dim))
+        return split_heads.permute(0, 2, 3, 1, 4)
 
     def split(name: str, x: Tensor, rows: slice | None) -> Tensor:
         if name in ("lse", "dlse"):
             x = x if rows is None else x[None, :, rows]
-            return x.unflatten(1, (problem.kv_heads, group))
+            lse_like: Tensor = x.unflatten(1, (problem.kv_heads, group))
+            return lse_like
         return heads_first(name, x if rows is None else x[None, rows])
 
     tensors = {"q": problem.q, "k": problem.k, "v": problem.v, **{n: x for n, x in like.items() if x is not None}}
     for q_rows, k_rows, q_start, k_start in _extents(problem):
         views = {n: split(n, x, k_rows if n in ("k", "v", "dk", "dv") else q_rows) for n, x in tensors.items()}
-        yield _Sequence(
-            pattern=problem.pattern, scale=problem.softmax_scale, q_start=q_start, k_start=k_start, **views
-        )
+        yield _Sequence(pattern=problem.pattern, scale=problem.softmax_scale, q_start=q_start, k_start=k_start, **views)
 
 
 def _extents(problem: AttentionProblem) -> Iterator[tuple[slice | None, slice | None, int, int]]:

@@ -67,8 +67,8 @@ def attn_bwd(
             delta_source, lse_source = (_descriptor(x[..., : pad + rows], [1, 1, tile.block_m]) for x in padded_stats)
         grid, slack = _key_grid(problem, tile.block_n)
         attn_bwd_dkdv_kernel[grid](
-            q_source, k, v, dout_source, lse_source, delta_source, dk, dv, *_packing(problem), *_mask_lists(problem, "cols"),
-            *strides, *_strides(dk), *_lse_strides(delta),
+            q_source, k, v, dout_source, lse_source, delta_source, dk, dv,
+            *_packing(problem), *_mask_lists(problem, "cols"), *strides, *_strides(dk), *_lse_strides(delta),
             slack=slack, scale=problem.softmax_scale, **_common(problem, "k_blocks"), **flags,
         )  # fmt: skip
         tile = _tile("dq", problem)
@@ -137,7 +137,7 @@ def _tma_can_read(problem: AttentionProblem, *tensors: Tensor) -> bool:
 
 
 def _sources(tma: bool, rows: int, *tensors: Tensor) -> list[Any]:
-    """The tensors as they are, or as descriptors of (batch, heads, seqlen, head_dim) that yield tiles of `rows` rows."""
+    """The tensors, or descriptors of them as (batch, heads, seqlen, head_dim) that yield tiles of `rows` rows."""
     if not tma:
         return list(tensors)
     return [_descriptor(x.transpose(1, 2), [1, 1, rows, padded_head_dim(x.shape[-1])]) for x in tensors]
@@ -169,8 +169,6 @@ def _common(problem: AttentionProblem, lines: str) -> dict[str, Any]:
         "q_start": problem.q_start,
         "k_start": problem.k_start,
         "batch": problem.batch,
-        "total_q": problem.q.shape[-3],
-        "total_k": problem.k.shape[-3],
         "scale_log2": problem.softmax_scale * math.log2(math.e),
     }
     block_size = pattern.block_size or 1

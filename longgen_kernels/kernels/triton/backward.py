@@ -11,8 +11,8 @@ from longgen_kernels.kernels.triton.iterate import (
     ceil_div,
     column_tile,
     gather_offsets,
-    key_runs,
     key_tile,
+    query_tile,
     sequence_of,
     visible_tile,
 )
@@ -52,7 +52,7 @@ def bwd_rows_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "total_q", "total_k", "stat_sb", "stat_sh",
+    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "stat_sb", "stat_sh",
     "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_rows_per_head",
 ])  # fmt: skip
 def attn_bwd_dq_kernel(
@@ -65,64 +65,48 @@ def attn_bwd_dq_kernel(
     dq_sb: tl.int64, dq_ss: tl.int64, dq_sh: tl.int64,
     stat_sb: tl.int64, stat_sh: tl.int64,
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
-    batch: tl.int32, total_q: tl.int32, total_k: tl.int32, scale, scale_log2,
+    batch: tl.int32, scale, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
     phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
-    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale * dS K with dS = P * (dO V^T - delta); grid (query tiles, q_heads, batch or 1), as the forward."""
     head = tl.program_id(1)
     kv_head = head // GROUP
-    if VARLEN:
-        tile, q_row0, q_len, k_row0, k_len, q_start, k_start = sequence_of(
-            tl.program_id(0), BLOCK_M, 2, cu_q, cu_k, q_starts, k_starts, batch, total_q, total_k,
-            True, HAS_Q_STARTS, HAS_K_STARTS,
-        )  # fmt: skip
-        q_first = q_row0.to(tl.int64)
-        k_first = k_row0.to(tl.int64)
-        seq = tl.program_id(2)  # 0
-    else:
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq = tl.program_id(2)
-        q_len = seqlen_q
-        k_len = seqlen_k
-        q_first = 0
-        k_first = 0
+    seq = tl.program_id(2)
     seq64 = seq.to(tl.int64)
-
-    p_tile = (q_start & -BLOCK_M) + tile * BLOCK_M
-    if p_tile >= q_start + q_len:
+    # The last tiles of a causal pattern are its longest: they go first.
+    tile, q_first, q_len, k_first, k_len, q_start, k_start = sequence_of(
+        tl.num_programs(0) - 1 - tl.program_id(0), BLOCK_M, 2, seqlen_q, seqlen_k, q_start, k_start,
+        cu_q, cu_k, q_starts, k_starts, batch, True, VARLEN, HAS_Q_STARTS, HAS_K_STARTS,
+    )  # fmt: skip
+    (
+        p_tile, p_first, p_last, head_phase,
+        n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi,
+    ) = query_tile(
+        tile, head, kv_head, q_start, q_len, k_start, k_len, mask_group, mask_rows_per_head,
+        phase_step, phase_offset, sink, window, stride, log2_block, mask_rows,
+        BLOCK_M, BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
+    )  # fmt: skip
+    if p_last < p_first:
         return
     p = p_tile + tl.arange(0, BLOCK_M)
     rows = p - q_start
     row_ok = (rows >= 0) & (rows < q_len)
-    p_first = tl.maximum(p_tile, q_start)
-    p_last = tl.minimum(p_tile + BLOCK_M, q_start + q_len) - 1
     k_end = k_start + k_len
-    head_phase = 0
-    if STRIDED:
-        head_phase = (phase_offset + phase_step * kv_head) % stride
-    mask_row = 0
-    if BLOCK_MASK:
-        q_block = p_tile >> log2_block
-        inside = (q_block >= 0) & (q_block < mask_rows_per_head)
-        mask_row = tl.where(inside, (head // mask_group) * mask_rows_per_head + q_block, -1)
-
-    n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi = key_runs(
-        p_first, p_last, k_start, k_end, head_phase, mask_row, sink, window, stride, log2_block, mask_rows,
-        BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
-    )  # fmt: skip
     n_strided = ceil_div(n_columns, BLOCK_N)
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
-    q_rows = (q_first + rows).to(tl.int64)
+    q_rows = q_first + rows.to(tl.int64)
     tile_ok = row_ok[:, None] & d_ok[None, :]
     q = tl.load(q_ptr + seq64 * q_sb + head * q_sh + q_rows[:, None] * q_ss + d[None, :], mask=tile_ok, other=0.0)
-    dout = tl.load(dout_ptr + seq64 * do_sb + head * do_sh + q_rows[:, None] * do_ss + d[None, :], mask=tile_ok, other=0.0)
+    dout = tl.load(
+        dout_ptr + seq64 * do_sb + head * do_sh + q_rows[:, None] * do_ss + d[None, :], mask=tile_ok, other=0.0
+    )
     lse_log2 = tl.load(lse_log2_ptr + seq64 * stat_sb + head * stat_sh + q_rows, mask=row_ok, other=float("inf"))
     delta = tl.load(delta_ptr + seq64 * stat_sb + head * stat_sh + q_rows, mask=row_ok, other=0.0)
     columns = tl.arange(0, BLOCK_N)
@@ -130,8 +114,8 @@ def attn_bwd_dq_kernel(
     if GATHER:
         gathered_columns = gather_offsets(columns, stride, log2_block)
     if not TMA:
-        k_base = k_ptr + seq64 * k_sb + kv_head * k_sh + (k_first - k_start) * k_ss + d[None, :]
-        v_base = v_ptr + seq64 * v_sb + kv_head * v_sh + (k_first - k_start) * v_ss + d[None, :]
+        k_base = k_ptr + seq64 * k_sb + kv_head * k_sh + (k_first - k_start).to(tl.int64) * k_ss + d[None, :]
+        v_base = v_ptr + seq64 * v_sb + kv_head * v_sh + (k_first - k_start).to(tl.int64) * v_ss + d[None, :]
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for i in tl.range(0, n_sink + n_strided + n_window, num_stages=STAGES):
@@ -170,7 +154,7 @@ def attn_bwd_dq_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "total_q", "total_k", "stat_sb", "stat_sh", "slack",
+    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "stat_sb", "stat_sh", "slack",
     "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_cols_per_head",
 ])  # fmt: skip
 def attn_bwd_dkdv_kernel(
@@ -183,36 +167,25 @@ def attn_bwd_dkdv_kernel(
     dk_sb: tl.int64, dk_ss: tl.int64, dk_sh: tl.int64,
     stat_sb: tl.int64, stat_sh: tl.int64,
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
-    batch: tl.int32, total_q: tl.int32, total_k: tl.int32, slack: tl.int32, scale, scale_log2,
+    batch: tl.int32, slack: tl.int32, scale, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
     phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_cols_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
-    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dV = P^T dO and dK = scale * dS^T Q, summed over a GQA group; grid (kv_heads, key tiles, batch or 1).
 
     Heads vary fastest, so that every head's long tiles (sink, strided) start before anyone's short ones.
     """
     kv_head = tl.program_id(0)
-    if VARLEN:
-        tile, q_row0, q_len, k_row0, k_len, q_start, k_start = sequence_of(
-            tl.program_id(1), BLOCK_N, slack, cu_q, cu_k, q_starts, k_starts, batch, total_q, total_k,
-            False, HAS_Q_STARTS, HAS_K_STARTS,
-        )  # fmt: skip
-        q_first = q_row0.to(tl.int64)
-        k_first = k_row0.to(tl.int64)
-        seq = tl.program_id(2)  # 0
-    else:
-        tile = tl.program_id(1)
-        seq = tl.program_id(2)
-        q_len = seqlen_q
-        k_len = seqlen_k
-        q_first = 0
-        k_first = 0
+    seq = tl.program_id(2)
     seq64 = seq.to(tl.int64)
-
+    tile, q_first, q_len, k_first, k_len, q_start, k_start = sequence_of(
+        tl.program_id(1), BLOCK_N, slack, seqlen_q, seqlen_k, q_start, k_start,
+        cu_q, cu_k, q_starts, k_starts, batch, False, VARLEN, HAS_Q_STARTS, HAS_K_STARTS,
+    )  # fmt: skip
     q_end = q_start + q_len
     k_end = k_start + k_len
     head_phase = 0
@@ -240,7 +213,7 @@ def attn_bwd_dkdv_kernel(
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
-    k_rows = (k_first - k_start + j).to(tl.int64)
+    k_rows = (k_first - k_start) + j.to(tl.int64)
     own_ok = own[:, None] & d_ok[None, :]
     k = tl.load(k_ptr + seq64 * k_sb + kv_head * k_sh + k_rows[:, None] * k_ss + d[None, :], mask=own_ok, other=0.0)
     v = tl.load(v_ptr + seq64 * v_sb + kv_head * v_sh + k_rows[:, None] * v_ss + d[None, :], mask=own_ok, other=0.0)
@@ -248,7 +221,7 @@ def attn_bwd_dkdv_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         head = kv_head * GROUP + member
         first_entry = 0
         if BLOCK_MASK:
@@ -258,8 +231,8 @@ def attn_bwd_dkdv_kernel(
             last_entry = tl.load(mask_cols + column + 1, mask=column >= 0, other=0)
             n_tiles = (last_entry - first_entry) * ((1 << log2_block) // BLOCK_M)
         if not TMA:
-            q_base = q_ptr + seq64 * q_sb + head * q_sh + (q_first - q_start) * q_ss + d[None, :]
-            do_base = dout_ptr + seq64 * do_sb + head * do_sh + (q_first - q_start) * do_ss + d[None, :]
+            q_base = q_ptr + seq64 * q_sb + head * q_sh + (q_first - q_start).to(tl.int64) * q_ss + d[None, :]
+            do_base = dout_ptr + seq64 * do_sb + head * do_sh + (q_first - q_start).to(tl.int64) * do_ss + d[None, :]
             row_base = seq64 * stat_sb + head * stat_sh + q_first - q_start
         for i in tl.range(0, n_tiles, num_stages=STAGES):
             p_tile = p_tile0 + i * BLOCK_M

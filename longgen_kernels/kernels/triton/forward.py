@@ -6,15 +6,15 @@ import triton.language as tl
 from longgen_kernels.kernels.triton.iterate import (
     ceil_div,
     gather_offsets,
-    key_runs,
     key_tile,
+    query_tile,
     sequence_of,
     visible_tile,
 )
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "total_q", "total_k", "lse_sb", "lse_sh",
+    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "lse_sb", "lse_sh",
     "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_rows_per_head",
 ])  # fmt: skip
 def attn_fwd_kernel(
@@ -25,13 +25,13 @@ def attn_fwd_kernel(
     o_sb: tl.int64, o_ss: tl.int64, o_sh: tl.int64,
     lse_sb: tl.int64, lse_sh: tl.int64,
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
-    batch: tl.int32, total_q: tl.int32, total_k: tl.int32, scale_log2,
+    batch: tl.int32, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
     phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
-    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
+    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = softmax(scale * Q K^T, masked) V and its LSE; grid (query tiles, q_heads, batch or 1).
 
@@ -40,52 +40,32 @@ def attn_fwd_kernel(
     """
     head = tl.program_id(1)
     kv_head = head // GROUP
-    if VARLEN:
-        tile, q_row0, q_len, k_row0, k_len, q_start, k_start = sequence_of(
-            tl.program_id(0), BLOCK_M, 2, cu_q, cu_k, q_starts, k_starts, batch, total_q, total_k,
-            True, HAS_Q_STARTS, HAS_K_STARTS,
-        )  # fmt: skip
-        q_first = q_row0.to(tl.int64)
-        k_first = k_row0.to(tl.int64)
-        seq = tl.program_id(2)  # 0
-    else:
-        # The last tiles of a causal pattern are its longest: they go first.
-        tile = tl.num_programs(0) - 1 - tl.program_id(0)
-        seq = tl.program_id(2)
-        q_len = seqlen_q
-        k_len = seqlen_k
-        q_first = 0
-        k_first = 0
+    seq = tl.program_id(2)
     seq64 = seq.to(tl.int64)
-
-    # Tiles are aligned to positions, also below 0, so the first one may begin before row 0.
-    p_tile = (q_start & -BLOCK_M) + tile * BLOCK_M
-    if p_tile >= q_start + q_len:
+    # The last tiles of a causal pattern are its longest: they go first.
+    tile, q_first, q_len, k_first, k_len, q_start, k_start = sequence_of(
+        tl.num_programs(0) - 1 - tl.program_id(0), BLOCK_M, 2, seqlen_q, seqlen_k, q_start, k_start,
+        cu_q, cu_k, q_starts, k_starts, batch, True, VARLEN, HAS_Q_STARTS, HAS_K_STARTS,
+    )  # fmt: skip
+    (
+        p_tile, p_first, p_last, head_phase,
+        n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi,
+    ) = query_tile(
+        tile, head, kv_head, q_start, q_len, k_start, k_len, mask_group, mask_rows_per_head,
+        phase_step, phase_offset, sink, window, stride, log2_block, mask_rows,
+        BLOCK_M, BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
+    )  # fmt: skip
+    if p_last < p_first:
         return
     p = p_tile + tl.arange(0, BLOCK_M)
     rows = p - q_start
     row_ok = (rows >= 0) & (rows < q_len)
-    p_first = tl.maximum(p_tile, q_start)
-    p_last = tl.minimum(p_tile + BLOCK_M, q_start + q_len) - 1
     k_end = k_start + k_len
-    head_phase = 0
-    if STRIDED:
-        head_phase = (phase_offset + phase_step * kv_head) % stride
-    mask_row = 0
-    if BLOCK_MASK:
-        q_block = p_tile >> log2_block
-        inside = (q_block >= 0) & (q_block < mask_rows_per_head)
-        mask_row = tl.where(inside, (head // mask_group) * mask_rows_per_head + q_block, -1)
-
-    n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi = key_runs(
-        p_first, p_last, k_start, k_end, head_phase, mask_row, sink, window, stride, log2_block, mask_rows,
-        BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
-    )  # fmt: skip
     n_strided = ceil_div(n_columns, BLOCK_N)
 
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
-    q_rows = (q_first + rows).to(tl.int64)
+    q_rows = q_first + rows.to(tl.int64)
     q = tl.load(
         q_ptr + seq64 * q_sb + head * q_sh + q_rows[:, None] * q_ss + d[None, :],
         mask=row_ok[:, None] & d_ok[None, :], other=0.0,
@@ -96,8 +76,8 @@ def attn_fwd_kernel(
         gathered_columns = gather_offsets(columns, stride, log2_block)
     # Position `x` lies at k_base + x * k_ss.
     if not TMA:
-        k_base = k_ptr + seq64 * k_sb + kv_head * k_sh + (k_first - k_start) * k_ss + d[None, :]
-        v_base = v_ptr + seq64 * v_sb + kv_head * v_sh + (k_first - k_start) * v_ss + d[None, :]
+        k_base = k_ptr + seq64 * k_sb + kv_head * k_sh + (k_first - k_start).to(tl.int64) * k_ss + d[None, :]
+        v_base = v_ptr + seq64 * v_sb + kv_head * v_sh + (k_first - k_start).to(tl.int64) * v_ss + d[None, :]
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     denom = tl.zeros([BLOCK_M], tl.float32)

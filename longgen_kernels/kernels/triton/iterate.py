@@ -17,38 +17,46 @@ import triton.language as tl
 
 @triton.jit
 def sequence_of(
-    pid, block, slack, cu_q, cu_k, q_starts, k_starts, batch, total_q, total_k, BY_QUERY: tl.constexpr,
-    HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
+    pid, block, slack, seqlen_q, seqlen_k, q_start, k_start, cu_q, cu_k, q_starts, k_starts, batch,
+    BY_QUERY: tl.constexpr, VARLEN: tl.constexpr, HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr,
 ):  # fmt: skip
-    """A packed batch: the sequence of tile `pid` and the tile's index in it.
+    """Which rows tile `pid` works on: (tile in its sequence, first q row, seqlen_q, first k row, seqlen_k, starts).
 
-    Sequence b owns the tile indices from `cu[b] // block + slack * b`: enough for all its tiles, found by bisection,
-    without any metadata. Rows past the last sequence form one more, which has no partner rows.
+    Packed, seqlen_q and seqlen_k are the total rows. Sequence b owns the tile indices from `cu[b] // block + slack * b`,
+    which is enough for all its tiles and is found by bisection, without any metadata. Rows past the last sequence form
+    one more, which has no partner rows.
     """
-    cu = cu_q if BY_QUERY else cu_k
-    total = total_q if BY_QUERY else total_k
-    lo = 0
-    hi = batch
-    while lo < hi:
-        mid = (lo + hi + 1) // 2
-        first = tl.minimum(tl.maximum(tl.load(cu + mid), 0), total) // block + slack * mid
-        lo = tl.where(first <= pid, mid, lo)
-        hi = tl.where(first <= pid, hi, mid - 1)
-    seq = lo
-    real = seq < batch
-    q_lo = tl.minimum(tl.maximum(tl.load(cu_q + seq), 0), total_q)
-    k_lo = tl.minimum(tl.maximum(tl.load(cu_k + seq), 0), total_k)
-    q_hi = tl.load(cu_q + seq + 1, mask=real, other=total_q if BY_QUERY else 0)
-    k_hi = tl.load(cu_k + seq + 1, mask=real, other=0 if BY_QUERY else total_k)
-    q_len = tl.minimum(tl.maximum(q_hi, q_lo), total_q) - q_lo
-    k_len = tl.minimum(tl.maximum(k_hi, k_lo), total_k) - k_lo
-    k_start = 0
-    if HAS_K_STARTS:
-        k_start = tl.load(k_starts + seq, mask=real, other=0)
-    q_start = k_start + k_len - q_len
-    if HAS_Q_STARTS:
-        q_start = tl.load(q_starts + seq, mask=real, other=0)
-    tile = pid - ((q_lo if BY_QUERY else k_lo) // block + slack * seq)
+    tile = pid
+    q_lo = 0
+    k_lo = 0
+    q_len = seqlen_q
+    k_len = seqlen_k
+    if VARLEN:
+        cu = cu_q if BY_QUERY else cu_k
+        total = seqlen_q if BY_QUERY else seqlen_k
+        lo = 0
+        hi = batch
+        while lo < hi:
+            mid = (lo + hi + 1) // 2
+            first = tl.minimum(tl.maximum(tl.load(cu + mid), 0), total) // block + slack * mid
+            lo = tl.where(first <= pid, mid, lo)
+            hi = tl.where(first <= pid, hi, mid - 1)
+        seq = lo
+        real = seq < batch
+        # Clipped, so that wrong offsets cannot reach outside the tensors.
+        q_lo = tl.minimum(tl.maximum(tl.load(cu_q + seq), 0), seqlen_q)
+        k_lo = tl.minimum(tl.maximum(tl.load(cu_k + seq), 0), seqlen_k)
+        q_hi = tl.load(cu_q + seq + 1, mask=real, other=seqlen_q if BY_QUERY else 0)
+        k_hi = tl.load(cu_k + seq + 1, mask=real, other=0 if BY_QUERY else seqlen_k)
+        q_len = tl.minimum(tl.maximum(q_hi, q_lo), seqlen_q) - q_lo
+        k_len = tl.minimum(tl.maximum(k_hi, k_lo), seqlen_k) - k_lo
+        k_start = 0
+        if HAS_K_STARTS:
+            k_start = tl.load(k_starts + seq, mask=real, other=0)
+        q_start = k_start + k_len - q_len
+        if HAS_Q_STARTS:
+            q_start = tl.load(q_starts + seq, mask=real, other=0)
+        tile = pid - ((q_lo if BY_QUERY else k_lo) // block + slack * seq)
     return tile, q_lo, q_len, k_lo, k_len, q_start, k_start
 
 
@@ -68,7 +76,7 @@ def key_runs(
 
     Returns (n_sink, n_window, sink_tile, window_tile, rank, columns, strided_lo, strided_hi): tile counts of two runs
     and their first tiles; first rank and number of columns of the strided blocks that lie in [strided_lo, strided_hi),
-    between sink and window. With a block mask n_window counts the tiles of the row's list and `rank` is its first entry.
+    between sink and window. With a block mask n_window counts the tiles of the row's list, `rank` is its first entry.
     """
     hi = k_end
     if CAUSAL:
@@ -110,6 +118,38 @@ def key_runs(
                 columns = tl.maximum(((end - rank) << log2_block) - overhang, 0)
                 columns = tl.where(strided_hi > strided_lo, columns, 0)
     return n_sink, n_window, sink_tile, window_tile, rank, columns, strided_lo, strided_hi
+
+
+@triton.jit
+def query_tile(
+    tile, head, kv_head, q_start, q_len, k_start, k_len, mask_group, mask_rows_per_head,
+    phase_step, phase_offset, sink, window, stride, log2_block, mask_rows,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
+):  # fmt: skip
+    """Where query tile `tile` of a sequence stands (p_tile, p_first, p_last, head_phase), then its `key_runs`.
+
+    Tiles are aligned to positions, also below 0, so that the first one may begin before row 0.
+    """
+    p_tile = (q_start & -BLOCK_M) + tile * BLOCK_M
+    p_first = tl.maximum(p_tile, q_start)
+    p_last = tl.minimum(p_tile + BLOCK_M, q_start + q_len) - 1
+    head_phase = 0
+    if STRIDED:
+        head_phase = (phase_offset + phase_step * kv_head) % stride
+    mask_row = 0
+    if BLOCK_MASK:
+        q_block = p_tile >> log2_block
+        inside = (q_block >= 0) & (q_block < mask_rows_per_head)
+        mask_row = tl.where(inside, (head // mask_group) * mask_rows_per_head + q_block, -1)
+    n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi = key_runs(
+        p_first, p_last, k_start, k_start + k_len, head_phase, mask_row, sink, window, stride, log2_block, mask_rows,
+        BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
+    )  # fmt: skip
+    return (
+        p_tile, p_first, p_last, head_phase,
+        n_sink, n_window, sink_tile, window_tile, rank, n_columns, strided_lo, strided_hi,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -22,11 +22,13 @@ class Tile:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Per kernel and padded head_dim, for 16-bit types on GPUs with at least 200 KB of shared memory a block (Hopper).
-# "dq" keeps a query tile and streams keys; "dkdv" keeps a key tile and streams queries.
+# "dq" keeps a query tile and streams keys; "dkdv" keeps a key tile and streams queries. Two blocks of four warps share
+# a multiprocessor and fill each other's gaps; one block of eight warps (128 x 64, 128 x 128) measured slower on sparse
+# patterns, whose rows are short: docs/triton-kernels.md has the figures.
 _LARGE = {
-    "fwd": {64: Tile(128, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
-    "dq": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
-    "dkdv": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 64, 8, 2)},
+    "fwd": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+    "dq": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)},
+    "dkdv": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 2), 256: Tile(32, 64, 8, 2)},
 }
 # The same for less shared memory (100 KB: consumer Ampere and Ada; 64 KB: AMD). Not measured.
 _SMALL = {
