@@ -1,0 +1,222 @@
+"""The Triton kernels against the reference, on a GPU at real tile sizes or under Triton's interpreter at small ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import INTERPRETED, TILE, A, Case, dense, make_inputs, named_cases, packed, patterns_of_every_kind
+from attention_checks import Results, assert_as_accurate_as_plain_pytorch, attend, results
+from attention_strategies import KINDS, random_cases
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from longgen_kernels import longgen_attn_func, longgen_attn_varlen_func
+
+HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+GPU_ONLY = pytest.mark.gpu
+DTYPES = [HALF, FP32] if INTERPRETED else [HALF, BF16, FP32]  # the interpreter multiplies the bits of bf16 matrices
+PRECISIONS = [(FP32, 16)] if INTERPRETED else [(BF16, 64), (HALF, 128)]
+# (dtype, head_dim, query heads per kv head); head_dims of multiples of 16, so that strides do not add kernels.
+SHAPES = [(FP32, 16, 1), (FP32, 32, 2), (HALF, 16, 2)]
+if not INTERPRETED:
+    SHAPES = [(BF16, 64, 1), (HALF, 128, 4), (BF16, 128, 2), (FP32, 32, 1), (HALF, 80, 3)]
+# Under the interpreter it takes minutes to look for a smaller example of a failure.
+PHASES = [p for p in Phase if not (INTERPRETED and p in (Phase.shrink, Phase.explain))]
+
+
+def check(case: Case, device: str) -> Results:
+    """Forward and backward on Triton are as accurate as plain PyTorch."""
+    inputs = make_inputs(case, device)
+    got = results(inputs, attend, backend="triton")
+    assert_as_accurate_as_plain_pytorch(got, inputs)
+    return got
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), PRECISIONS)
+@pytest.mark.parametrize("case", named_cases(), ids=str)
+def test_named_case(case: Case, dtype: torch.dtype, head_dim: int, triton_device: str, poison: object) -> None:
+    check(case.at(dtype, max(case.head_dim, head_dim)), triton_device)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), PRECISIONS)
+@pytest.mark.parametrize("kind", patterns_of_every_kind(TILE))
+def test_every_kind_of_pattern(
+    kind: str, dtype: torch.dtype, head_dim: int, triton_device: str, poison: object
+) -> None:
+    pattern = patterns_of_every_kind(TILE)[kind]
+    if kind == "block mask with blocks of several tiles" or not INTERPRETED:
+        check(dense(kind, pattern, 3 * TILE + 9, q_heads=4, kv_heads=2).at(dtype, head_dim), triton_device)
+    lengths_q, lengths_k = (TILE + 9, 5, 2 * TILE), (TILE + 9, 3 * TILE, 7)
+    check(packed(kind, pattern, lengths_q, lengths_k, q_heads=4, kv_heads=2).at(dtype, head_dim), triton_device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 16, 24, 64, 80, 96, 128, 192, 256])
+def test_head_dims_and_dtypes(dtype: torch.dtype, head_dim: int, triton_device: str, poison: object) -> None:
+    pattern = A.strided(3, TILE // 2, window=TILE // 2, sink=3)
+    case = dense("head_dim", pattern, 2 * TILE + 5, batch=1, q_heads=2 if INTERPRETED else 4, kv_heads=1)
+    check(case.at(dtype, head_dim), triton_device)
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("pattern", [A.causal(), A.sink_window(70, 333), A.strided(8, 64, window=200)], ids=str)
+def test_lengths_around_the_ends_of_tiles(pattern: A, poison: object) -> None:
+    near = [tile + d for tile in (32, 64, 128, 256, 1024) for d in (-1, 0, 1)] + [1, 1500]
+    for seqlen_q, seqlen_k in zip(near, near[5:] + near[:5], strict=True):
+        check(dense("ragged", pattern, seqlen_q, seqlen_k, q_heads=4, kv_heads=2).at(BF16, 128), "cuda")
+        check(dense("square", pattern, seqlen_q, q_heads=4, kv_heads=2).at(BF16, 128), "cuda")
+    check(packed("all", pattern, tuple(near), q_heads=4, kv_heads=2).at(BF16, 128), "cuda")
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("kind", patterns_of_every_kind(1024))
+def test_four_thousand_tokens(kind: str, poison: object) -> None:
+    case = dense(kind, patterns_of_every_kind(1024)[kind], 4096, batch=1, q_heads=4, kv_heads=2)
+    check(case.at(BF16, 128), "cuda")
+
+
+# -- random cases -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=3 if INTERPRETED else 64, phases=PHASES, print_blob=True)  # times 8 kinds
+def test_random_cases(kind: str, triton_device: str, data: st.DataObject) -> None:
+    case = data.draw(random_cases(kind, SHAPES, longest=2 * TILE if INTERPRETED else 600))
+    check(case, triton_device)
+
+
+# -- repeatability, streams -------------------------------------------------------------------------------------------
+
+
+def repeatable_case() -> Case:
+    scale = 1 if INTERPRETED else 8  # enough programs on a GPU for their order to vary
+    pattern = A.strided(4, TILE // 2, window=TILE, sink=9)
+    return dense("repeated", pattern, scale * 3 * TILE + 5, q_heads=2 * scale, kv_heads=2).at(*PRECISIONS[0])
+
+
+def test_deterministic_runs_are_bitwise_equal(triton_device: str, poison: object) -> None:
+    inputs = make_inputs(repeatable_case(), triton_device)
+    first, *others = (
+        results(inputs, attend, backend="triton", deterministic=True) for _ in range(2 if INTERPRETED else 4)
+    )
+    for other in others:
+        for name, value in first.items():
+            assert torch.equal(value, other[name]), f"{name} differs between two runs"
+
+
+@GPU_ONLY
+def test_runs_on_the_current_stream() -> None:
+    """Inputs that are written late on a side stream: a kernel on another stream would read NaN."""
+    inputs = make_inputs(repeatable_case(), "cuda")
+    expected = results(inputs, attend, backend="triton")
+    tensors = (inputs.q, inputs.k, inputs.v)
+    late = make_inputs(repeatable_case(), "cuda")
+    for x in (late.q, late.k, late.v):
+        x.fill_(float("nan"))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for x, y in zip((late.q, late.k, late.v), tensors, strict=True):
+            x.copy_(y)
+        got = results(late, attend, backend="triton")
+    stream.synchronize()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
+
+
+@GPU_ONLY
+def test_several_streams_at_once() -> None:
+    inputs = [make_inputs(repeatable_case(), "cuda", seed) for seed in range(4)]
+    expected = [results(one, attend, backend="triton") for one in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    got = []
+    for stream, one in zip(streams, inputs, strict=True):
+        with torch.cuda.stream(stream):
+            got.append(results(one, attend, backend="triton"))
+    torch.cuda.synchronize()
+    for one, other in zip(expected, got, strict=True):
+        for name, value in one.items():
+            assert torch.equal(other[name], value), name
+
+
+# -- offsets past 2^31 elements ---------------------------------------------------------------------------------------
+
+ROWS, HEADS, DIM = 136, 2, 64
+BETWEEN_TILES = A.strided(2, 16, window=20, sink=3)
+
+
+def compare_with_near_memory(far: list[torch.Tensor], lengths: tuple[int, int] | None) -> None:
+    """Attention on views that reach past 2^31 elements gives what it gives on compact copies of them."""
+    assert any(sum(s * (n - 1) for s, n in zip(x.stride(), x.shape, strict=True)) >= 1 << 31 for x in far)
+    runs = []
+    for q, k, v, dout in (far, [x.clone(memory_format=torch.contiguous_format) for x in far]):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        if lengths is None:
+            out = longgen_attn_func(*leaves, BETWEEN_TILES, backend="triton")
+        else:
+            cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+            out = longgen_attn_varlen_func(*leaves, BETWEEN_TILES, cu, cu, ROWS, ROWS, backend="triton")
+        runs.append([out.detach(), *torch.autograd.grad(out, leaves, dout)])
+    for got, want in zip(*runs, strict=True):
+        assert want.abs().sum() > 0
+        assert torch.equal(got, want)
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_fused_projection_with_rows_past_two_billion_elements(is_packed: bool) -> None:
+    """q, k, v and dO are slices of rows that lie 2^24 elements apart: 4.6 GB, and the last row starts past 2^31."""
+    row = 1 << 24
+    buffer = torch.full((ROWS * row,), float("nan"), dtype=HALF, device="cuda")
+    size, strides = (1, ROWS, HEADS, DIM), (ROWS * row, row, DIM, 1)
+    far = [buffer.as_strided(size, strides, i * HEADS * DIM) for i in range(4)]
+    for x in far:
+        x.normal_()
+    if is_packed:
+        far = [x[0] for x in far]
+    compare_with_near_memory(far, (70, ROWS - 70) if is_packed else None)
+
+
+@GPU_ONLY
+def test_batch_stride_past_two_billion_elements() -> None:
+    """The third sequence starts at 2^31 elements in each tensor, as in 16 sequences of 128K tokens."""
+    stride, size = 1 << 30, (3, ROWS, HEADS, DIM)
+    each = ROWS * HEADS * DIM
+    buffer = torch.full((2 * stride + 4 * each,), float("nan"), dtype=HALF, device="cuda")
+    far = [buffer.as_strided(size, (stride, HEADS * DIM, DIM, 1), i * each) for i in range(4)]
+    for x in far:
+        x.normal_()
+    compare_with_near_memory(far, None)
+
+
+@GPU_ONLY
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_outputs_of_more_than_two_billion_elements(is_packed: bool) -> None:
+    """129 query heads that are one head in memory, at 128K tokens: out and dQ hold 2.2e9 elements, all heads equal."""
+    seqlen, heads, dim = 1 << 17, 129, 128
+    pattern = A.sink_window(16, 96)
+    q, k, v = (torch.randn(1, seqlen, 1, dim, dtype=HALF, device="cuda") for _ in range(3))
+    dout = torch.randn(1, seqlen, 1, dim, dtype=HALF, device="cuda")
+    cu = torch.tensor([0, seqlen // 3, seqlen], dtype=torch.int32, device="cuda")
+    runs = []
+    for n in (heads, 1):
+        leaves = [q.expand(-1, -1, n, -1).detach().requires_grad_(), k.detach().requires_grad_(), v]
+        if is_packed:
+            out = longgen_attn_varlen_func(*(x[0] for x in leaves), pattern, cu, cu, seqlen, seqlen, backend="triton")[
+                None
+            ]
+        else:
+            out = longgen_attn_func(*leaves, pattern, backend="triton")
+        dq, dk = torch.autograd.grad(out, leaves[:2], dout.expand(-1, -1, n, -1))
+        runs.append((out.detach(), dq, dk))
+    (out, dq, dk), (one_out, one_dq, one_dk) = runs
+    assert out.numel() > 1 << 31
+    for many, one in ((out, one_out), (dq, one_dq)):
+        for lo in range(0, seqlen, 1 << 14):
+            chunk = slice(lo, lo + (1 << 14))
+            assert torch.equal(many[:, chunk], one[:, chunk].expand(-1, -1, heads, -1)), f"rows from {lo} differ"
+    error = (dk.float() - heads * one_dk.float()).abs().max()
+    assert error <= 2e-3 * heads * one_dk.float().abs().max()
