@@ -64,6 +64,7 @@ class LongGenLlamaConfig(LlamaConfig):
     full_ratio: float = 1 / 3
     full_placement: str = "middle"
     full_layers: list[int] | None = None
+    rope_parameters: dict | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "sparse_pattern" and isinstance(value, AttentionPattern):
@@ -77,7 +78,7 @@ class LongGenLlamaConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         if base is not None and base != self.rope_theta:
             raise ValueError(f"rope_theta={base} contradicts rope_parameters, which say {self.rope_theta}")
-        self.validate_schedule()
+        self.validate_hybrid()
 
     @classmethod
     def from_llama(cls, config: LlamaConfig, **changes: Any) -> LongGenLlamaConfig:
@@ -94,13 +95,13 @@ class LongGenLlamaConfig(LlamaConfig):
     @property
     def rope_theta(self) -> float:
         """The RoPE base. Setting it changes `rope_parameters`; a model that is already built keeps its own."""
-        return (self.rope_parameters or {}).get("rope_theta", self.default_theta)
+        parameters: dict[str, Any] = self.rope_parameters or {}
+        return float(parameters.get("rope_theta", self.default_theta))
 
     @rope_theta.setter
     def rope_theta(self, base: float) -> None:
-        if not base > 1.0:
-            raise ValueError(f"rope_theta must be above 1, got {base}")
         self.rope_parameters = {**(self.rope_parameters or {"rope_type": "default"}), "rope_theta": float(base)}
+        self.validate_hybrid()
 
     @property
     def full_layer_indices(self) -> tuple[int, ...]:
@@ -115,7 +116,7 @@ class LongGenLlamaConfig(LlamaConfig):
         full, sparse = AttentionPattern.causal(), _sparse_pattern(self.sparse_pattern)
         return tuple(full if i in self.full_layer_indices else sparse for i in range(self.num_hidden_layers))
 
-    def validate_schedule(self) -> None:
+    def validate_hybrid(self) -> None:
         """Raise ValueError where the class docstring says so. `@strict` runs this again before saving."""
         place_full_layers(self.num_hidden_layers, self.full_ratio, self.full_placement)
         if self.full_layers is not None:
@@ -125,6 +126,8 @@ class LongGenLlamaConfig(LlamaConfig):
                     f"full_layers must be distinct indices in [0, {self.num_hidden_layers}), got {self.full_layers}"
                 )
         _sparse_pattern(self.sparse_pattern)
+        if not self.rope_theta > 1.0:
+            raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0: the kernels have none; got {self.attention_dropout}")
 

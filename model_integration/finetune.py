@@ -25,6 +25,7 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import logging
 
 from model_integration.arguments import FREE_ON_RESUME, parse_arguments
 from model_integration.data import (
@@ -105,6 +106,7 @@ def build_model(args: argparse.Namespace) -> LongGenLlamaForCausalLM:
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
+    """The options as Trainer knows them."""
     return TrainingArguments(
         output_dir=str(args.output_dir),
         max_steps=args.max_steps,
@@ -119,8 +121,6 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         adam_beta2=0.95,
         optim=args.optimizer,
         bf16=args.precision == "bf16",
-        gradient_checkpointing=args.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if args.gradient_checkpointing else None,
         seed=args.seed,
         use_cpu=args.device == "cpu",
         logging_steps=args.log_steps,
@@ -170,6 +170,8 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
             raise DataError(f"the {name} text is shorter than one sequence of {args.seq_length} tokens")
     checkpoint = prepare_output(args)
     model = build_model(args)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = BitsPerByteTrainer(
         model=model,
         args=training_arguments(args),
@@ -189,7 +191,9 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         flush=True,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics: dict[str, float] = trainer.evaluate()
+    if not any(BITS_PER_BYTE in entry for entry in trainer.state.log_history if entry["step"] == args.max_steps):
+        trainer.evaluate()
+    metrics = next(entry for entry in reversed(trainer.state.log_history) if BITS_PER_BYTE in entry)
 
     out: Path = args.output_dir
     model.config.use_cache = True  # Trainer turns it off while it trains, and would save that
@@ -202,6 +206,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    logging.disable_progress_bar()  # of loading and saving: the run's own bar is enough
     args = parse_arguments(argv)
     try:
         finetune(args)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers.utils import logging
 
 from model_integration.arguments import OneLineParser
 from model_integration.attention import IMPLEMENTATIONS
@@ -41,6 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    logging.disable_progress_bar()
     args = parse_arguments(argv)
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)

@@ -12,6 +12,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from model_integration import attention
 from model_integration.configuration import LongGenLlamaConfig
+from model_integration.layout import SequenceLayout
 
 
 class LongGenLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -102,7 +103,7 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
             seen = int(past_key_values.get_seq_length())
             kv_length = int(past_key_values.get_mask_sizes(q_length, 0)[0])
 
-        layout = attention.SequenceLayout.of(
+        layout = SequenceLayout.of(
             batch_size,
             q_length,
             kv_length=kv_length,

@@ -1,0 +1,234 @@
+"""The finetune and generate commands: errors before any work, exact resumption, the whole way on a micro setting."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
+
+from longgen_kernels import AttentionPattern
+from model_integration import LongGenLlamaForCausalLM, finetune, generate
+from model_integration.arguments import parse_arguments
+from model_integration.data import byte_tokenizer
+
+MICRO = ["--device", "cpu", "--seq-length", "32", "--batch-size", "2", "--eval-blocks", "4", "--held-out", "0.3"]
+STEPS = ["--max-steps", "8", "--log-steps", "1", "--save-steps", "4", "--eval-steps", "4"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts")
+    for i in range(12):
+        (path / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 20)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama checkpoint with a tokenizer, as a user would have one."""
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=260,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Where no option says otherwise, runs go to the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+
+def history(run):
+    entries = json.loads((run / "final" / "trainer_state.json").read_text())["log_history"]
+    kept = ("step", "loss", "learning_rate", "grad_norm", "eval_loss", "eval_bits_per_byte")
+    return [{k: v for k, v in entry.items() if k in kept} for entry in entries if "train_runtime" not in entry]
+
+
+def test_the_whole_way(texts, tmp_path, capsys):
+    run = tmp_path / "run"
+    finetune.main(
+        ["--data", str(texts), "--output-dir", str(run), *MICRO, *STEPS, "--stride", "2", "--block-size", "8"]
+    )
+    assert "bits per byte on held-out text" in capsys.readouterr().out
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    losses = [entry["loss"] for entry in history(run) if "loss" in entry]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
+
+    model = AutoModelForCausalLM.from_pretrained(run / "final")
+    assert isinstance(model, LongGenLlamaForCausalLM)
+    assert model.config.full_layer_indices == (2, 3)
+    assert model.config.layer_patterns[0] == AttentionPattern.strided(2, 8, window=64, sink=16)
+    assert model.config.use_cache  # off while Trainer trains
+
+    outputs = []
+    for implementation in ("longgen", "longgen", "sdpa"):
+        arguments = ["--checkpoint", str(run / "final"), "--prompt", "def ", "--max-new-tokens", "16"]
+        generate.main([*arguments, "--device", "cpu", "--attn-implementation", implementation])
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0].startswith("def ")
+    assert outputs[0] == outputs[1] == outputs[2]
+
+
+def test_resumes_exactly(texts, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    common = ["--data", str(texts), *MICRO, *STEPS, "--accumulate", "2"]
+    finetune.main([*common, "--output-dir", str(whole)])
+    shutil.copytree(whole, cut)  # as if the run had ended after the first checkpoint
+    shutil.rmtree(cut / "checkpoint-8")
+    shutil.rmtree(cut / "final")
+    (cut / "checkpoint-6").mkdir()  # and another had been cut off while it was written
+    finetune.main([*common, "--output-dir", str(cut), "--resume"])
+    assert history(cut) == history(whole)
+    for name, weights in AutoModelForCausalLM.from_pretrained(whole / "final").state_dict().items():
+        assert torch.equal(weights, AutoModelForCausalLM.from_pretrained(cut / "final").state_dict()[name]), name
+
+
+def test_a_llama_checkpoint_becomes_a_hybrid(llama, texts, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["--model", str(llama), "--data", str(texts), "--output-dir", str(run), *MICRO, *STEPS]
+    schedule = ["--full-layers", "0", "--window-blocks", "2", "--block-size", "8", "--sink", "4", "--rope-base", "5e5"]
+    training = ["--learning-rate", "1e-12", "--gradient-checkpointing", "--precision", "bf16"]
+    finetune.main([*arguments, *schedule, *training])
+    tuned = AutoModelForCausalLM.from_pretrained(run / "final")
+    assert tuned.config.full_layer_indices == (0,)
+    assert tuned.config.layer_patterns[1] == AttentionPattern.sink_window(4, window_blocks=2, block_size=8)
+    assert tuned.config.rope_theta == 5e5
+    assert tuned.config.max_position_embeddings == 32
+    before = LlamaForCausalLM.from_pretrained(llama).state_dict()
+    for name, weights in tuned.state_dict().items():
+        torch.testing.assert_close(weights, before[name], rtol=0, atol=1e-9)
+    assert len(AutoTokenizer.from_pretrained(run / "final")) == 257
+
+
+def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
+    first = parse_arguments(["--model", str(llama), "--full-layers", "2", "--sink", "3", "--window", "5"])
+    LongGenLlamaForCausalLM(first.config).save_pretrained(tmp_path / "hybrid")
+    again = parse_arguments(["--model", str(tmp_path / "hybrid"), "--rope-base", "1e6"])
+    assert again.config.layer_patterns == first.config.layer_patterns
+    assert again.config.rope_theta == 1e6
+    assert parse_arguments(["--model", str(tmp_path / "hybrid"), "--full-ratio", "1"]).config.full_layer_indices == (
+        0,
+        1,
+        2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model {tmp}/nowhere", "no such directory"),
+        ("--model {tmp}", "no config.json"),
+        ("--model {llama}/../bare", "no weights"),
+        ("--model {llama}/../mistral", "a mistral model"),
+        ("--model {llama} --full-layers 3", "full_layers must be distinct indices in [0, 3)"),
+        ("--data {tmp}/nowhere.txt", "no such file or directory"),
+        ("--data {tmp}/empty", "no .txt, .md, .py, .jsonl files"),
+        ("--data {texts} --dataset x", "exclude each other"),
+        ("--tokenizer {tmp}/nowhere", "--tokenizer"),
+        ("--full-ratio 1.5", "full_ratio must lie in [0, 1]"),
+        ("--full-layers 1 --full-ratio 0.5", "--full-layers excludes"),
+        ("--window 4 --window-blocks 2 --block-size 16", "window_blocks, not both"),
+        ("--stride 4", "block_size"),
+        ("--stride 4 --block-size 24", "power of two"),
+        ("--stride 4 --block-size 16 --window 0", "needs a window"),
+        ("--seq-length 1", "--seq-length must be at least 2"),
+        ("--max-steps 0", "--max-steps must be at least 1"),
+        ("--save-steps 15", "must be a multiple of --log-steps"),
+        ("--warmup-steps 9 --max-steps 8", "--warmup-steps must lie in"),
+        ("--learning-rate 0", "--learning-rate must be positive"),
+        ("--held-out 1", "--held-out must lie between"),
+        ("--rope-base 0.5", "rope_theta must be above 1"),
+        ("--backend triton --device cpu", "needs a CUDA GPU"),
+        ("--backend reference --attn-implementation sdpa", "needs --attn-implementation longgen"),
+        ("--attn-implementation flex_attention --device cpu", "cannot train on a CPU"),
+        ("--attn-implementation flash_attention_2", "invalid choice"),
+        ("--output-dir {texts}/0.py", "is not a directory"),
+        ("--output-dir {tmp} --resume", "no checkpoint in"),
+        ("--output-dir {tmp}/used", "already holds a run"),
+        ("--resume --overwrite", "exclude each other"),
+        ("--no-such-option", "unrecognized arguments"),
+    ],
+)
+def test_what_cannot_work_ends_in_one_line(arguments, message, llama, texts, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "used" / "checkpoint-4").mkdir(parents=True)
+    for name, config in (("bare", LlamaConfig()), ("mistral", MistralConfig())):
+        config.save_pretrained(llama.parent / name)
+    (llama.parent / "mistral" / "model.safetensors").touch()
+    with pytest.raises(SystemExit) as exit_status:
+        finetune.main(arguments.format(tmp=tmp_path, llama=llama, texts=texts).split())
+    assert exit_status.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m model_integration.finetune: error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seq-length", "100000"], "is shorter than one sequence"),
+        (["--held-out", "1e-9"], "0 held out"),
+        (["--resume", "--learning-rate", "1"], "learning_rate was 0.004, is 1.0"),
+    ],
+)
+def test_errors_that_need_the_data(arguments, message, texts, tmp_path, capsys):
+    if "--resume" in arguments:
+        finetune.main(["--data", str(texts), "--output-dir", str(tmp_path), *MICRO, *STEPS, "--max-steps", "4"])
+        arguments = [*arguments, "--max-steps", "4"]
+    with pytest.raises(SystemExit) as exit_status:
+        finetune.main(["--data", str(texts), "--output-dir", str(tmp_path), *MICRO, *STEPS, *arguments])
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_large_tokenizer_is_refused(llama, texts, tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(9)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = ["--model", str(llama), "--tokenizer", str(tmp_path / "tokenizer"), "--data", str(texts)]
+    with pytest.raises(SystemExit):
+        finetune.main([*options, "--output-dir", str(tmp_path / "run")])
+    assert "has 266 tokens, the model only embeds 260" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_as_a_user_runs_it(tmp_path):
+    """Without arguments but for size, in a process of its own, on the standard library."""
+    command = [sys.executable, "-m", "model_integration.finetune", *MICRO, *STEPS, "--held-out", "0.05"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True)
+    assert "training documents" in result.stdout
+    assert (tmp_path / "runs" / "stdlib" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "stdlib" / "loss.png").is_file()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 2
+    assert again.stderr.splitlines()[-1].endswith("--resume continues it, --overwrite starts again")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--checkpoint {tmp} --prompt x", "no config.json"),
+        ("--checkpoint {llama} --prompt=", "--prompt must not be empty"),
+        ("--checkpoint {llama} --prompt x --temperature -1", "--temperature >= 0"),
+    ],
+)
+def test_generate_errors(arguments, message, llama, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_status:
+        generate.main(arguments.format(tmp=tmp_path, llama=llama).split())
+    assert exit_status.value.code == 2
+    assert message in capsys.readouterr().err
