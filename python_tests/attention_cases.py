@@ -159,7 +159,7 @@ def make_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
     if case.upstream in ("both", "lse"):
         rows_first = normal((*shapes[0][:-1], 1), torch.float32)[..., 0]
         dlse = rows_first.transpose(-1, -2)
-        dlse = dlse if case.layout == "heads first" else dlse.contiguous()
+        dlse = dlse if case.layout == "heads first" else dlse.clone(memory_format=torch.contiguous_format)
 
     inputs = Inputs(case, case.pattern, q, k, v, dout, dlse)
     if isinstance(case.pattern, BlockMask):

@@ -59,8 +59,9 @@ def test_head_dims_and_dtypes(dtype: torch.dtype, head_dim: int, triton_device: 
 
 
 @GPU_ONLY
-@pytest.mark.parametrize("pattern", [A.causal(), A.sink_window(70, 333), A.strided(8, 64, window=200)], ids=str)
-def test_lengths_around_the_ends_of_tiles(pattern: A, poison: object) -> None:
+@pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
+def test_lengths_around_the_ends_of_tiles(kind: str, poison: object) -> None:
+    pattern = patterns_of_every_kind(TILE)[kind]
     near = [tile + d for tile in (32, 64, 128, 256, 1024) for d in (-1, 0, 1)] + [1, 1500]
     for seqlen_q, seqlen_k in zip(near, near[5:] + near[:5], strict=True):
         check(dense("ragged", pattern, seqlen_q, seqlen_k, q_heads=4, kv_heads=2).at(BF16, 128), "cuda")
@@ -217,6 +218,6 @@ def test_outputs_of_more_than_two_billion_elements(is_packed: bool) -> None:
     for many, one in ((out, one_out), (dq, one_dq)):
         for lo in range(0, seqlen, 1 << 14):
             chunk = slice(lo, lo + (1 << 14))
-            assert torch.equal(many[:, chunk], one[:, chunk].expand(-1, -1, heads, -1)), f"rows from {lo} differ"
+            torch.testing.assert_close(many[:, chunk], one[:, chunk].expand(-1, -1, heads, -1), rtol=1e-3, atol=1e-3)
     error = (dk.float() - heads * one_dk.float()).abs().max()
     assert error <= 2e-3 * heads * one_dk.float().abs().max()
