@@ -39,7 +39,8 @@ class Case:
     q_starts: tuple[int, ...] | None = None
     k_starts: tuple[int, ...] | None = None
     spare_rows: int = 0  # of packed tensors, behind their last sequence; the inputs hold NaN there
-    layout: str = "contiguous"  # "heads first": (batch, heads, seqlen, head_dim); "fused": slices of one projection
+    # "heads first": (batch, heads, seqlen, head_dim); "fused": slices of one projection; "odd": rows at odd addresses
+    layout: str = "contiguous"
     upstream: str = "both"  # which results have a gradient: "both", "out", "lse", "sum" (one number for all of out)
 
     def __str__(self) -> str:
@@ -179,11 +180,12 @@ def cumulated(seqlens: tuple[int, ...], device: str) -> Tensor:
 
 
 def _storage(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str) -> Tensor:
-    """A NaN-filled tensor of `shape` (..., rows, heads, head_dim), with the heads outermost for "heads first"."""
-    if layout != "heads first":
-        return torch.full(shape, NAN, dtype=dtype, device=device)
+    """A NaN-filled tensor of `shape` (..., rows, heads, head_dim) in memory as `Case.layout` says."""
     *batch, rows, heads, head_dim = shape
-    return torch.full((*batch, heads, rows, head_dim), NAN, dtype=dtype, device=device).transpose(-2, -3)
+    if layout == "heads first":
+        return torch.full((*batch, heads, rows, head_dim), NAN, dtype=dtype, device=device).transpose(-2, -3)
+    odd = layout == "odd"
+    return torch.full((*batch, rows, heads, head_dim + odd), NAN, dtype=dtype, device=device)[..., odd:]
 
 
 # -- named cases ------------------------------------------------------------------------------------------------------
@@ -225,7 +227,6 @@ def named_cases(tile: int = TILE) -> list[Case]:
     unseen = A.strided(4, half, window=0, head_phase_offset=2)
     mask = random_mask(8, 8, half, heads=2, seed=4, is_causal=False)
     long = 3 * tile + 5
-    last = BIG // 64 if INTERPRETED else BIG  # the interpreter multiplies positions by strides in 32 bits
     return [
         dense("lengths that are no multiple of a block", strided, long),
         dense("a block mask cut off by the length", random_mask(8, 8, half, seed=5), long),
@@ -246,7 +247,9 @@ def named_cases(tile: int = TILE) -> list[Case]:
         packed("zero-length sequences under a block mask", mask, (0, long, 0, 5), (3, long, 0, tile + 5)),
         packed("packed rows behind the last sequence", strided, (tile + 2, 3), spare_rows=tile + 1),
         packed("packed rows behind the last sequence of a block mask", mask, (tile + 2, 3), spare_rows=tile + 1),
-        packed("a packed batch of more sequences than a tile has rows", window, (1, 3, 0, 2) * (tile // 4 + 1)),
+        packed(
+            "a packed batch of more sequences than a tile has rows", window, (1, 3, 0, 2) * (tile // 4 + 1), q_heads=1
+        ),
         packed("packed more keys than queries", strided, (3, tile + 1), (long, tile + 1)),
         packed("packed bidirectional", A.bidirectional(), (half, long), (long, 3)),
         dense("a sequence shorter than the window", A.sink_window(2, 4 * tile), half + 3),
@@ -265,13 +268,15 @@ def named_cases(tile: int = TILE) -> list[Case]:
         dense("keys that start between two tiles", strided, tile + 1, k_start=half + 7),
         dense("queries far behind the keys", strided, half, tile, q_start=5 * tile + 1, k_start=3),
         dense("a block mask from a later position", mask, tile + 3, tile, q_start=tile + 5, k_start=half),
-        dense("positions just below their limit", strided, tile, q_start=last - tile, k_start=last - tile),
+        dense("positions just below their limit", strided, tile, q_start=BIG - tile, k_start=BIG - tile),
         packed("packed with starts per sequence", strided, (tile, 5), (7, long), q_starts=(9, tile), k_starts=(2, 3)),
         packed("a packed block mask with starts", mask, (tile, 5), (7, tile), q_starts=(9, tile), k_starts=(half, 3)),
         dense("heads first in memory", strided, 2 * tile + 5, layout="heads first", kv_heads=2),
         packed("packed heads first in memory", strided, (tile + 5, 9), layout="heads first", kv_heads=2),
         dense("slices of a fused projection", strided, 2 * tile + 5, layout="fused", kv_heads=2),
         packed("packed slices of a fused projection", strided, (tile + 5, 9), layout="fused", kv_heads=2),
+        dense("rows at odd addresses", strided, tile + 5, layout="odd", kv_heads=2),
+        packed("packed rows at odd addresses", strided, (tile + 5, 9), layout="odd", kv_heads=2),
         dense("gradient through the LSE alone", strided, tile + 5, upstream="lse"),
         packed("packed gradient through the LSE alone", strided, (tile + 5, 3), upstream="lse"),
         dense("gradient through the output alone", strided, tile + 5, upstream="out"),

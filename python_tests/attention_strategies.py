@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from attention_cases import BIG, TILE, Case, random_mask
+from attention_cases import BIG, INTERPRETED, TILE, Case, random_mask
 from hypothesis import strategies as st
 
 from longgen_kernels import AttentionPattern
@@ -18,6 +18,8 @@ KINDS = [
     "causal block mask",
     "bidirectional block mask",
 ]
+# Smaller and not smaller than a tile's columns, which kernels are compiled apart for.
+SMALL_BLOCKS, LARGE_BLOCKS = [1, 2, 4, 8, 16], [TILE if INTERPRETED else TILE // 2, 128, 256, 512]
 PACKINGS = ["dense", "packed", "packed with starts"]
 Shape = tuple[torch.dtype, int, int]  # dtype, head_dim, query heads per kv head
 
@@ -30,7 +32,8 @@ def random_cases(draw: st.DrawFn, kind: str, shapes: list[Shape], longest: int =
     is_packed = packing != "dense"
     # Two shapes for each kind and packing, so that the number of compiled kernels stays small.
     variant = len(PACKINGS) * KINDS.index(kind) + PACKINGS.index(packing)
-    dtype, head_dim, group = shapes[(variant + draw(st.integers(0, 1))) % len(shapes)]
+    which = draw(st.integers(0, 1))
+    dtype, head_dim, group = shapes[(variant + which) % len(shapes)]
     kv_heads = draw(st.integers(1, 3))
 
     batch = draw(st.integers(1, 4 if is_packed else 2))
@@ -55,7 +58,7 @@ def random_cases(draw: st.DrawFn, kind: str, shapes: list[Shape], longest: int =
             is_causal=kind == "causal block mask",
         )
     else:
-        pattern = draw(arithmetic_patterns(kind))
+        pattern = draw(arithmetic_patterns(kind, SMALL_BLOCKS if which else LARGE_BLOCKS))
     return Case(
         kind,
         pattern,
@@ -88,13 +91,15 @@ def _starts() -> st.SearchStrategy[int]:
     return st.one_of(st.integers(0, 2 * TILE), st.just(3 * TILE))
 
 
-def arithmetic_patterns(kind: str) -> st.SearchStrategy[AttentionPattern]:
+def arithmetic_patterns(
+    kind: str, block_sizes: list[int] = SMALL_BLOCKS + LARGE_BLOCKS
+) -> st.SearchStrategy[AttentionPattern]:
     """Any `AttentionPattern` of one of `KINDS`."""
     if kind == "causal":
         return st.just(AttentionPattern.causal())
     if kind == "bidirectional":
         return st.just(AttentionPattern.bidirectional())
-    block_size = st.sampled_from([1 << n for n in range(10)])
+    block_size = st.sampled_from(block_sizes)
     tokens = st.one_of(st.integers(0, 3 * TILE), st.sampled_from([0, 1, TILE, BIG]))
     limit = {"window_blocks": st.integers(0, 4)} if "blocks" in kind else {"window": tokens}
     if "strided" not in kind:

@@ -356,12 +356,12 @@ def compiled_kernels() -> int:
 @pytest.mark.parametrize(
     "make", [dense, lambda name, pattern, n: packed(name, pattern, (n, 3 * n + 1))], ids=["dense", "packed"]
 )
-def test_new_lengths_windows_and_blocks_compile_nothing(make: Callable[..., Case]) -> None:
+def test_new_lengths_windows_and_strides_compile_nothing(make: Callable[..., Case]) -> None:
     def run(pattern: A, n: int) -> None:
         results(inputs_for(make("cached", pattern, n), "triton"), attend, backend="triton")
 
     def pattern(i: int) -> A:
-        return A.strided(2 + i, 16 << i, window=100 * i + 1, sink=i, head_phase_offset=i)
+        return A.strided(2 + i, 128 << i, window=100 * i + 1, sink=i, head_phase_offset=i)
 
     run(pattern(0), 16)
     warm = compiled_kernels()

@@ -15,7 +15,9 @@ from longgen_kernels import longgen_attn_func, longgen_attn_varlen_func
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 GPU_ONLY = pytest.mark.gpu
 DTYPES = [HALF, FP32] if INTERPRETED else [HALF, BF16, FP32]  # the interpreter multiplies the bits of bf16 matrices
-PRECISIONS = [(FP32, 16)] if INTERPRETED else [(BF16, 64), (HALF, 128)]
+PRECISIONS = [(BF16, 64), (HALF, 128)]
+# Dense 16-bit tensors go through the bulk tensor copy engine, all others through pointers.
+DENSE, PACKED = ([(HALF, 16)], [(FP32, 16)]) if INTERPRETED else (PRECISIONS, PRECISIONS)
 # (dtype, head_dim, query heads per kv head); head_dims of multiples of 16, so that strides do not add kernels.
 SHAPES = [(FP32, 16, 1), (FP32, 32, 2), (HALF, 16, 2)]
 if not INTERPRETED:
@@ -32,22 +34,31 @@ def check(case: Case, device: str) -> Results:
     return got
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), PRECISIONS)
-@pytest.mark.parametrize("case", named_cases(), ids=str)
-def test_named_case(case: Case, dtype: torch.dtype, head_dim: int, triton_device: str, poison: object) -> None:
-    check(case.at(dtype, max(case.head_dim, head_dim)), triton_device)
+def at_every_precision(cases: list[Case]) -> list[object]:
+    return [
+        pytest.param(case.at(dtype, max(case.head_dim, head_dim)), id=f"{case}-{str(dtype)[6:]}")
+        for case in cases
+        for dtype, head_dim in (PACKED if case.packed else DENSE)
+    ]
 
 
-@pytest.mark.parametrize(("dtype", "head_dim"), PRECISIONS)
-@pytest.mark.parametrize("kind", patterns_of_every_kind(TILE))
-def test_every_kind_of_pattern(
-    kind: str, dtype: torch.dtype, head_dim: int, triton_device: str, poison: object
-) -> None:
-    pattern = patterns_of_every_kind(TILE)[kind]
-    if kind == "block mask with blocks of several tiles" or not INTERPRETED:
-        check(dense(kind, pattern, 3 * TILE + 9, q_heads=4, kv_heads=2).at(dtype, head_dim), triton_device)
-    lengths_q, lengths_k = (TILE + 9, 5, 2 * TILE), (TILE + 9, 3 * TILE, 7)
-    check(packed(kind, pattern, lengths_q, lengths_k, q_heads=4, kv_heads=2).at(dtype, head_dim), triton_device)
+def cases_of_every_kind(tile: int) -> list[Case]:
+    heads = {"q_heads": 4, "kv_heads": 2}
+    cases = []
+    for kind, pattern in patterns_of_every_kind(tile).items():
+        cases.append(dense(kind, pattern, 2 * tile + 9, 3 * tile + 9, batch=1, **heads))
+        cases.append(packed(f"packed {kind}", pattern, (tile + 9, 5, 2 * tile), (tile + 9, 3 * tile, 7), **heads))
+    return cases
+
+
+@pytest.mark.parametrize("case", at_every_precision(named_cases()))
+def test_named_case(case: Case, triton_device: str, poison: object) -> None:
+    check(case, triton_device)
+
+
+@pytest.mark.parametrize("case", at_every_precision(cases_of_every_kind(TILE)))
+def test_every_kind_of_pattern(case: Case, triton_device: str, poison: object) -> None:
+    check(case, triton_device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +104,7 @@ def test_random_cases(kind: str, triton_device: str, data: st.DataObject) -> Non
 def repeatable_case() -> Case:
     scale = 1 if INTERPRETED else 8  # enough programs on a GPU for their order to vary
     pattern = A.strided(4, TILE // 2, window=TILE, sink=9)
-    return dense("repeated", pattern, scale * 3 * TILE + 5, q_heads=2 * scale, kv_heads=2).at(*PRECISIONS[0])
+    return dense("repeated", pattern, scale * 3 * TILE + 5, q_heads=2 * scale, kv_heads=2).at(*DENSE[0])
 
 
 def test_deterministic_runs_are_bitwise_equal(triton_device: str, poison: object) -> None:
