@@ -114,18 +114,21 @@ def _flex_mask(
     layout: SequenceLayout, pattern: AttentionPattern, heads: int, kv_heads: int, device: torch.device
 ) -> Any:
     """The same mask for FlexAttention. transformers' helper evaluates head 0 only, which would lose per-head phases."""
-    sequence, position = layout.sequences_and_positions(device)
-    rows = torch.arange(sequence.shape[0], device=device)
     seen, group = layout.seen, heads // kv_heads
+    sequence, position = layout.sequences_and_positions(device)
+    rows = sequence.shape[0]  # 1 when all are alike
 
-    def mask_mod(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        row = rows[b] if len(rows) > 1 else torch.zeros_like(b)
+    def visible_by_position(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return pattern.is_visible(q + seen, k, h // group)
+
+    def visible_by_sequence(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        row = b if rows > 1 else 0
         inside = sequence[row, q + seen] == sequence[row, k]
         return inside & pattern.is_visible(position[row, q + seen], position[row, k], h // group)
 
     return create_block_mask(
-        mask_mod,
-        B=len(rows) if len(rows) > 1 else None,
+        visible_by_position if layout.is_plain else visible_by_sequence,
+        B=rows if rows > 1 else None,
         H=heads if pattern.head_phase_step else None,
         Q_LEN=layout.q_length,
         KV_LEN=layout.kv_length,

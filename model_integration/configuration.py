@@ -95,8 +95,8 @@ class LongGenLlamaConfig(LlamaConfig):
     @property
     def rope_theta(self) -> float:
         """The RoPE base. Setting it changes `rope_parameters`; a model that is already built keeps its own."""
-        parameters: dict[str, Any] = self.rope_parameters or {}
-        return float(parameters.get("rope_theta", self.default_theta))
+        base: float = {"rope_theta": self.default_theta, **(self.rope_parameters or {})}["rope_theta"]
+        return base
 
     @rope_theta.setter
     def rope_theta(self, base: float) -> None:

@@ -128,10 +128,17 @@ def read_dataset(name_or_path: str, split: str, text_field: str) -> Iterator[Doc
 
 
 def split_held_out(documents: Iterable[Document], fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, held-out) documents, each in an order and by a choice that only the documents' names decide."""
+    """(training, held-out) documents, each in an order and by a choice that only the documents' names decide.
+
+    Where there are too few to choose from, the last `fraction` of every document is held out instead.
+    """
     ordered = sorted(documents, key=lambda d: (d.key, d.name))
     border = int(fraction * (1 << 32))
-    return [d for d in ordered if d.key >= border], [d for d in ordered if d.key < border]
+    train, held_out = [d for d in ordered if d.key >= border], [d for d in ordered if d.key < border]
+    if train and held_out:
+        return train, held_out
+    cuts = [(d, int(len(d.text) * (1.0 - fraction))) for d in ordered]
+    return [Document(d.name, d.text[:cut]) for d, cut in cuts], [Document(d.name, d.text[cut:]) for d, cut in cuts]
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):

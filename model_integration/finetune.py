@@ -86,13 +86,7 @@ def load_documents(args: argparse.Namespace) -> tuple[list[Document], list[Docum
         documents = list(read_dataset(args.dataset, args.dataset_split, args.text_field))
     else:
         documents = standard_library()
-    train, held_out = split_held_out(documents, args.held_out)
-    if not train or not held_out:
-        raise DataError(
-            f"{len(documents)} documents split into {len(train)} to train on and {len(held_out)} held out; "
-            "give more files, or set --held-out"
-        )
-    return train, held_out
+    return split_held_out(documents, args.held_out)
 
 
 def build_model(args: argparse.Namespace) -> LongGenLlamaForCausalLM:

@@ -62,6 +62,8 @@ class SequenceLayout:
                 f"attention_mask must be 2-D (batch, tokens), got shape {tuple(attention_mask.shape)}: "
                 "every layer's own mask is made from it and the layer's pattern"
             )
+        if attention_mask is not None and device is not None:
+            attention_mask = attention_mask.to(device)
         if cu_seq_lens is not None:
             return cls._packed(batch_size, q_length, kv_length, seen, attention_mask, cu_seq_lens, max_length)
         if attention_mask is None and kv_length != seen + q_length:  # a static cache: its last slots are still free

@@ -59,6 +59,11 @@ def test_split_depends_on_names_alone():
     assert [d.name for d in again[0]] == [d.name for d in train if d in documents[:500]]
 
 
+def test_one_document_is_split_inside():
+    train, held_out = split_held_out([Document("book.txt", "x" * 80 + "y" * 20)], 0.2)
+    assert ([d.text for d in train], [d.text for d in held_out]) == (["x" * 80], ["y" * 20])
+
+
 def test_standard_library_has_no_tests():
     documents = standard_library()
     names = {d.name for d in documents}

@@ -181,8 +181,8 @@ def test_what_cannot_work_ends_in_one_line(arguments, message, llama, texts, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seq-length", "100000"], "is shorter than one sequence"),
-        (["--held-out", "1e-9"], "0 held out"),
+        (["--seq-length", "100000"], "the training text is shorter than one sequence of 100000 tokens"),
+        (["--held-out", "1e-9"], "the held-out text is shorter than one sequence of 32 tokens"),
         (["--resume", "--learning-rate", "1"], "learning_rate was 0.004, is 1.0"),
     ],
 )

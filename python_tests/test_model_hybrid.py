@@ -181,6 +181,19 @@ def test_flex_mask_is_the_same_mask():
         assert torch.equal(seen.expand_as(dense), dense)
 
 
+@pytest.mark.gpu
+def test_flex_attention_is_the_same_model(hybrid_dir, tokens):
+    models = [
+        AutoModelForCausalLM.from_pretrained(hybrid_dir, attn_implementation=name).to("cuda")
+        for name in ("longgen", "flex_attention")
+    ]
+    tokens, real = tokens.to("cuda"), torch.ones_like(tokens, device="cuda")
+    real[0, :5] = 0
+    for mask, rows in ((None, slice(None)), (real, slice(5, None))):
+        longgen, flex = (logits(m, tokens, attention_mask=mask)[:, rows] for m in models)
+        torch.testing.assert_close(flex, longgen, rtol=2e-2, atol=2e-2)
+
+
 # -- padding and packing ----------------------------------------------------------------------------------------------
 
 
