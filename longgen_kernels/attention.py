@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longgen_kernels import dispatch, ops
+from longgen_kernels import dispatch
 from longgen_kernels.kernels.problem import (
     AttentionProblem,
     check_cu_seqlens,
@@ -13,6 +13,7 @@ from longgen_kernels.kernels.problem import (
     check_qkv,
     checked_scale,
 )
+from longgen_kernels.ops import attention as attention_ops
 from longgen_kernels.patterns import AttentionPattern, BlockMask
 
 Pattern = AttentionPattern | BlockMask
@@ -147,7 +148,7 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> dict
     check_qkv(q, k, v, varlen=False)
     check_pattern(pattern, q, max(q.shape[1], k.shape[1]), k.shape[1])
     problem = AttentionProblem(q, k, v, pattern, checked_scale(None, q.shape[-1]))
-    return dispatch.explain(ops.support(problem), "attention", q.device.type)
+    return dispatch.explain(attention_ops.support(problem), "attention", q.device.type)
 
 
 def _checked_start(name: str, value: int, *, low: int) -> int:

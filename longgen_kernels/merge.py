@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longgen_kernels import dispatch
-from longgen_kernels import merge_op as _merge_op  # defines torch.ops.longgen_kernels.merge_attn_states
+from longgen_kernels.ops import merge as _merge_ops  # defines torch.ops.longgen_kernels.merge_attn_states
 
 __all__ = ["explain_merge", "merge_attn_states"]
 
@@ -67,7 +67,7 @@ def explain_merge(out_a: Tensor) -> dict[str, str | None]:
     >>> explain_merge(torch.empty(1, 4, 2, 64))["reference"] is None
     True
     """
-    return dispatch.explain(_merge_op.support(out_a), "merge_attn_states", out_a.device.type)
+    return dispatch.explain(_merge_ops.support(out_a), "merge_attn_states", out_a.device.type)
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

@@ -18,7 +18,7 @@ LAYERS = [
     ["longgen_kernels.kernels.problem"],
     ["longgen_kernels.kernels.reference", "longgen_kernels.kernels.triton", "longgen_kernels.kernels.cuda"],
     ["longgen_kernels.dispatch"],
-    ["longgen_kernels.ops", "longgen_kernels.merge_op"],
+    ["longgen_kernels.ops"],
     ["longgen_kernels.attention", "longgen_kernels.merge"],
     ["longgen_kernels"],
     ["longgen_kernels.__main__", "model_integration"],

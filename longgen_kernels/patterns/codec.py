@@ -31,7 +31,7 @@ def pattern_from_dict(data: dict[str, Any]) -> AttentionPattern | BlockMask:
                 fields[name] = torch.tensor(fields[name], dtype=torch.long)
             return BlockMask.from_csr(**fields)
     except (TypeError, KeyError) as error:
-        raise ValueError(f"pattern_from_dict: not a {kind} pattern: {data!r} ({error})") from error
+        raise ValueError(f"pattern_from_dict: fields do not fit kind {kind!r}: {data!r} ({error})") from error
     raise ValueError(f"pattern_from_dict: kind must be 'arithmetic' or 'block_mask', got {kind!r}")
 
 

@@ -189,8 +189,8 @@ def _rows_bwd(one: _Sequence, lo: int, hi: int) -> None:
     probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
     dout = one.dout[..., lo:hi, :].to(scores.dtype)
     delta = (dout * one.out[..., lo:hi, :].to(scores.dtype)).sum(-1)
-    if one.dlse is not None:
-        delta = delta - one.dlse[..., lo:hi]
+    if one.dlse is not None:  # of a row that sees nothing it is often NaN
+        delta = delta - one.dlse[..., lo:hi].masked_fill(lse == -torch.inf, 0.0)
     dscores = probs * (dout @ v.mT - delta[..., None]) * one.scale
     n_keys = k.shape[-2]
     one.dq[..., lo:hi, :] = dscores @ k

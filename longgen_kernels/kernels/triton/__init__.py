@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ def attention_unsupported(problem: AttentionProblem) -> str | None:
         return "the triton package is not installed"
     if problem.q.dtype == torch.float64:
         return "takes float16, bfloat16 and float32, got float64"
+    if problem.q.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        return "Triton's interpreter computes bfloat16 wrongly"
     if problem.head_dim % 8 != 0 or not 8 <= problem.head_dim <= 256:
         return f"takes head_dim 8 to 256 in multiples of 8, got {problem.head_dim}"
     if problem.batch > 65535 or problem.q_heads > 65535:

@@ -27,7 +27,7 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     k_source, v_source = _sources(flags["TMA"], tile.block_n, k, v)
     with _device_of(q):
         attn_fwd_kernel[_query_grid(problem, tile.block_m)](
-            q, k_source, v_source, out, lse, *_packing(problem), *_mask_lists(problem, "rows"),
+            q, k_source, v_source, out, lse, *_packing(problem), _mask_list(problem, "rows"),
             *_strides(q), *_strides(k), *_strides(v), *_strides(out), *_lse_strides(lse),
             **_common(problem, "q_blocks"), **flags,
         )  # fmt: skip
@@ -68,7 +68,7 @@ def attn_bwd(
         grid, slack = _key_grid(problem, tile.block_n)
         attn_bwd_dkdv_kernel[grid](
             q_source, k, v, dout_source, lse_source, delta_source, dk, dv,
-            *_packing(problem), *_mask_lists(problem, "cols"), *strides, *_strides(dk), *_lse_strides(delta),
+            *_packing(problem), _mask_list(problem, "cols"), *strides, *_strides(dk), *_lse_strides(delta),
             slack=slack, scale=problem.softmax_scale, **_common(problem, "k_blocks"), **flags,
         )  # fmt: skip
         tile = _tile("dq", problem)
@@ -76,7 +76,7 @@ def attn_bwd(
         flags["TMA"] = not flags["GATHER"] and _tma_can_read(problem, k, v)
         k_source, v_source = _sources(flags["TMA"], tile.block_n, k, v)
         attn_bwd_dq_kernel[_query_grid(problem, tile.block_m)](
-            q, k_source, v_source, dout, lse_log2, delta, dq, *_packing(problem), *_mask_lists(problem, "rows"),
+            q, k_source, v_source, dout, lse_log2, delta, dq, *_packing(problem), _mask_list(problem, "rows"),
             *strides, *_strides(dq), *_lse_strides(delta),
             scale=problem.softmax_scale, **_common(problem, "q_blocks"), **flags,
         )  # fmt: skip
@@ -151,13 +151,9 @@ def _packing(problem: AttentionProblem) -> tuple[Tensor | None, ...]:
     return problem.cu_seqlens_q, problem.cu_seqlens_k, problem.q_starts, problem.k_starts
 
 
-def _mask_lists(problem: AttentionProblem, which: str) -> tuple[Tensor | None, Tensor | None]:
-    """Offsets and entries of a block mask's rows or columns."""
-    pattern = problem.pattern
-    if not isinstance(pattern, BlockMask):
-        return None, None
-    packed, lines = (pattern.rows, pattern.q_blocks) if which == "rows" else (pattern.cols, pattern.k_blocks)
-    return packed, packed[pattern.heads * lines + 1 :]
+def _mask_list(problem: AttentionProblem, which: str) -> Tensor | None:
+    """Offsets and, behind them, entries of a block mask's rows or columns."""
+    return getattr(problem.pattern, which) if isinstance(problem.pattern, BlockMask) else None
 
 
 def _common(problem: AttentionProblem, lines: str) -> dict[str, Any]:
@@ -176,10 +172,12 @@ def _common(problem: AttentionProblem, lines: str) -> dict[str, Any]:
     if isinstance(pattern, BlockMask):
         numbers |= {"sink": 0, "window": 0, "stride": 1, "phase_step": 0, "phase_offset": 0}
         numbers |= {"mask_group": problem.q_heads // pattern.heads, last: getattr(pattern, lines)}
+        numbers |= {"mask_entries": pattern.heads * getattr(pattern, lines) + 1}
     else:
         stride = pattern.stride or 1
         window = pattern.window if pattern.window_blocks is None else pattern.window_blocks
         numbers |= {"sink": pattern.sink, "window": window or 0, "stride": stride, "mask_group": 1, last: 0}
+        numbers |= {"mask_entries": 0}
         # Both reduced, so that phase_step * head cannot overflow.
         numbers |= {"phase_step": pattern.head_phase_step % stride, "phase_offset": pattern.head_phase_offset % stride}
     return numbers | {"log2_block": block_size.bit_length() - 1}

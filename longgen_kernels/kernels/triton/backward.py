@@ -18,7 +18,9 @@ from longgen_kernels.kernels.triton.iterate import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "lse_sb", "lse_sh", "dlse_sb", "dlse_sh", "stat_sb", "stat_sh", "pad"])
+@triton.jit(do_not_specialize=[
+    "rows", "pad", "lse_sb", "lse_sh", "dlse_sb", "dlse_sh", "dlse_ss", "stat_sb", "stat_sh",
+])  # fmt: skip
 def bwd_rows_kernel(
     dout_ptr, out_ptr, lse_ptr, dlse_ptr, delta_ptr, lse_log2_ptr,
     do_sb: tl.int64, do_ss: tl.int64, do_sh: tl.int64,
@@ -46,18 +48,19 @@ def bwd_rows_kernel(
     at = seq64 * lse_sb + head * lse_sh + row64
     lse = tl.load(lse_ptr + at, mask=ok, other=float("-inf"))
     at = seq64 * stat_sb + head * stat_sh + row64 + pad
-    tl.store(delta_ptr + at, delta, mask=row < rows)
-    lse_log2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-    tl.store(lse_log2_ptr + at, lse_log2, mask=row < rows)
+    blind = lse == float("-inf")  # also its delta is 0: the gradient of an LSE of -inf is often NaN
+    tl.store(delta_ptr + at, tl.where(blind, 0.0, delta), mask=row < rows)
+    tl.store(lse_log2_ptr + at, tl.where(blind, float("inf"), lse * 1.4426950408889634), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=[
     "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "stat_sb", "stat_sh",
-    "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_rows_per_head",
+    "sink", "window", "stride", "log2_block", "phase_step", "phase_offset",
+    "mask_entries", "mask_group", "mask_rows_per_head",
 ])  # fmt: skip
 def attn_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_log2_ptr, delta_ptr, dq_ptr,
-    cu_q, cu_k, q_starts, k_starts, mask_rows, mask_indices,
+    cu_q, cu_k, q_starts, k_starts, mask_rows,
     q_sb: tl.int64, q_ss: tl.int64, q_sh: tl.int64,
     k_sb: tl.int64, k_ss: tl.int64, k_sh: tl.int64,
     v_sb: tl.int64, v_ss: tl.int64, v_sh: tl.int64,
@@ -67,7 +70,8 @@ def attn_bwd_dq_kernel(
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
     batch: tl.int32, scale, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
-    phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
+    phase_step: tl.int32, phase_offset: tl.int32,
+    mask_entries: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
     GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
@@ -121,7 +125,7 @@ def attn_bwd_dq_kernel(
     for i in tl.range(0, n_sink + n_strided + n_window, num_stages=STAGES):
         base, gathered, masked, run_lo, run_hi = key_tile(
             i, p_first, p_last, k_start, k_end, head_phase, n_sink, n_strided, sink_tile, window_tile, rank,
-            n_columns, strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
+            n_columns, strided_lo, strided_hi, sink, window, stride, log2_block, mask_rows, mask_entries,
             BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
         )  # fmt: skip
         j = base + columns
@@ -155,11 +159,12 @@ def attn_bwd_dq_kernel(
 
 @triton.jit(do_not_specialize=[
     "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "stat_sb", "stat_sh", "slack",
-    "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_cols_per_head",
+    "sink", "window", "stride", "log2_block", "phase_step", "phase_offset",
+    "mask_entries", "mask_group", "mask_cols_per_head",
 ])  # fmt: skip
 def attn_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_log2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    cu_q, cu_k, q_starts, k_starts, mask_cols, mask_indices,
+    cu_q, cu_k, q_starts, k_starts, mask_cols,
     q_sb: tl.int64, q_ss: tl.int64, q_sh: tl.int64,
     k_sb: tl.int64, k_ss: tl.int64, k_sh: tl.int64,
     v_sb: tl.int64, v_ss: tl.int64, v_sh: tl.int64,
@@ -169,7 +174,8 @@ def attn_bwd_dkdv_kernel(
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
     batch: tl.int32, slack: tl.int32, scale, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
-    phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_cols_per_head: tl.int32,
+    phase_step: tl.int32, phase_offset: tl.int32,
+    mask_entries: tl.int32, mask_group: tl.int32, mask_cols_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
     GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
@@ -229,7 +235,7 @@ def attn_bwd_dkdv_kernel(
             column = tl.where(k_block < mask_cols_per_head, (head // mask_group) * mask_cols_per_head + k_block, -1)
             first_entry = tl.load(mask_cols + column, mask=column >= 0, other=0)
             last_entry = tl.load(mask_cols + column + 1, mask=column >= 0, other=0)
-            n_tiles = (last_entry - first_entry) * ((1 << log2_block) // BLOCK_M)
+            n_tiles = tl.where(p_hi > p_lo, (last_entry - first_entry) * ((1 << log2_block) // BLOCK_M), 0)
         if not TMA:
             q_base = q_ptr + seq64 * q_sb + head * q_sh + (q_first - q_start).to(tl.int64) * q_ss + d[None, :]
             do_base = dout_ptr + seq64 * do_sb + head * do_sh + (q_first - q_start).to(tl.int64) * do_ss + d[None, :]
@@ -238,7 +244,7 @@ def attn_bwd_dkdv_kernel(
             p_tile = p_tile0 + i * BLOCK_M
             if BLOCK_MASK:
                 per_block = (1 << log2_block) // BLOCK_M
-                block = tl.load(mask_indices + first_entry + i // per_block)
+                block = tl.load(mask_cols + mask_entries + first_entry + i // per_block)
                 p_tile = (block << log2_block) + (i % per_block) * BLOCK_M
             p = p_tile + offsets
             if TMA:

@@ -15,10 +15,11 @@ from longgen_kernels.kernels.triton.iterate import (
 
 @triton.jit(do_not_specialize=[
     "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "lse_sb", "lse_sh",
-    "sink", "window", "stride", "log2_block", "phase_step", "phase_offset", "mask_group", "mask_rows_per_head",
+    "sink", "window", "stride", "log2_block", "phase_step", "phase_offset",
+    "mask_entries", "mask_group", "mask_rows_per_head",
 ])  # fmt: skip
 def attn_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q, cu_k, q_starts, k_starts, mask_rows, mask_indices,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q, cu_k, q_starts, k_starts, mask_rows,
     q_sb: tl.int64, q_ss: tl.int64, q_sh: tl.int64,
     k_sb: tl.int64, k_ss: tl.int64, k_sh: tl.int64,
     v_sb: tl.int64, v_ss: tl.int64, v_sh: tl.int64,
@@ -27,7 +28,8 @@ def attn_fwd_kernel(
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
     batch: tl.int32, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
-    phase_step: tl.int32, phase_offset: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
+    phase_step: tl.int32, phase_offset: tl.int32,
+    mask_entries: tl.int32, mask_group: tl.int32, mask_rows_per_head: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
     GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
@@ -85,7 +87,7 @@ def attn_fwd_kernel(
     for i in tl.range(0, n_sink + n_strided + n_window, num_stages=STAGES):
         base, gathered, masked, run_lo, run_hi = key_tile(
             i, p_first, p_last, k_start, k_end, head_phase, n_sink, n_strided, sink_tile, window_tile, rank,
-            n_columns, strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
+            n_columns, strided_lo, strided_hi, sink, window, stride, log2_block, mask_rows, mask_entries,
             BLOCK_N, BLOCK_MASK, CAUSAL, WINDOW, STRIDED,
         )  # fmt: skip
         j = base + columns

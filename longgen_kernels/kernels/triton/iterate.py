@@ -22,9 +22,9 @@ def sequence_of(
 ):  # fmt: skip
     """Which rows tile `pid` works on: (tile in its sequence, first q row, seqlen_q, first k row, seqlen_k, starts).
 
-    Packed, seqlen_q and seqlen_k are the total rows. Sequence b owns the tile indices from `cu[b] // block + slack * b`,
-    which is enough for all its tiles and is found by bisection, without any metadata. Rows past the last sequence form
-    one more, which has no partner rows.
+    Packed, seqlen_q and seqlen_k are the total rows. Sequence b owns the tiles from `cu[b] // block + slack * b` on,
+    which is enough for all of its own and is found by bisection, without any metadata. Rows past the last sequence
+    form one more, which has no partner rows.
     """
     tile = pid
     q_lo = 0
@@ -155,7 +155,7 @@ def query_tile(
 @triton.jit
 def key_tile(
     i, p_first, p_last, k_start, k_end, head_phase, n_sink, n_strided, sink_tile, window_tile, rank, columns,
-    strided_lo, strided_hi, sink, window, stride, log2_block, mask_indices,
+    strided_lo, strided_hi, sink, window, stride, log2_block, mask_rows, mask_entries,
     BLOCK_N: tl.constexpr, BLOCK_MASK: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, STRIDED: tl.constexpr,
 ):  # fmt: skip
     """The i-th key tile: (base position, is it gathered from strided blocks, does it need a mask, run_lo, run_hi).
@@ -167,7 +167,7 @@ def key_tile(
     run_hi = k_end
     if BLOCK_MASK:
         per_block = (1 << log2_block) // BLOCK_N
-        block = tl.load(mask_indices + rank + i // per_block)
+        block = tl.load(mask_rows + mask_entries + rank + i // per_block)
         base = (block << log2_block) + (i % per_block) * BLOCK_N
     else:
         base = (window_tile + i - n_sink - n_strided) * BLOCK_N

@@ -1,0 +1,1 @@
+"""The `torch.ops.longgen_kernels` operators: functional, with fake implementations and autograd."""
