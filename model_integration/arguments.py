@@ -20,7 +20,7 @@ FROM_SCRATCH: dict[str, Any] = {
     "seq_length": 256,
     "batch_size": 4,
     "max_steps": 700,
-    "learning_rate": 4e-3,
+    "learning_rate": 2.5e-3,
     "warmup_steps": 50,
     "sink": 16,
     "window": 64,

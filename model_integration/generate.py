@@ -21,11 +21,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="what finetune wrote as final/")
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=400)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token always")
+    parser.add_argument("--max-new-tokens", type=int, default=240)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token always")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the K most likely tokens only (0: from all)")
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="sample from the most likely tokens of this total probability"
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens of this total probability"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--attn-implementation", default="longgen", choices=IMPLEMENTATIONS)

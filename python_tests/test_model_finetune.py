@@ -183,7 +183,7 @@ def test_what_cannot_work_ends_in_one_line(arguments, message, llama, texts, tmp
     [
         (["--seq-length", "100000"], "the training text is shorter than one sequence of 100000 tokens"),
         (["--held-out", "1e-9"], "the held-out text is shorter than one sequence of 32 tokens"),
-        (["--resume", "--learning-rate", "1"], "learning_rate was 0.004, is 1.0"),
+        (["--resume", "--learning-rate", "1"], "learning_rate was 0.0025, is 1.0"),
     ],
 )
 def test_errors_that_need_the_data(arguments, message, texts, tmp_path, capsys):
