@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,34 @@ from longgen_kernels.patterns import AttentionPattern, BlockMask
 Pattern = AttentionPattern | BlockMask
 
 
+@overload
+def longgen_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+    q_start: int | None = None,
+    k_start: int = 0,
+) -> Tensor: ...
+@overload
+def longgen_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+    deterministic: bool = False,
+    backend: str = "auto",
+    q_start: int | None = None,
+    k_start: int = 0,
+) -> tuple[Tensor, Tensor]: ...
 def longgen_attn_func(
     q: Tensor,
     k: Tensor,
@@ -73,6 +103,42 @@ def longgen_attn_func(
     return (out, lse) if return_lse else out
 
 
+@overload
+def longgen_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool = False,
+    backend: str = "auto",
+    q_start: Tensor | None = None,
+    k_start: Tensor | None = None,
+) -> Tensor: ...
+@overload
+def longgen_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+    deterministic: bool = False,
+    backend: str = "auto",
+    q_start: Tensor | None = None,
+    k_start: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
 def longgen_attn_varlen_func(
     q: Tensor,
     k: Tensor,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,18 +57,18 @@ def longgen_attention_forward(
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
     if layout.is_plain:
-        return cast(Tensor, longgen_attn_func(q, k, v, pattern, softmax_scale=scaling)), None
+        return longgen_attn_func(q, k, v, pattern, softmax_scale=scaling), None
 
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     if layout.cu_seq_lens is not None:
         bounds, longest = layout.cu_seq_lens.to(q.device), layout.max_length
         out = longgen_attn_varlen_func(q, k, v, pattern, bounds, bounds, longest, longest, softmax_scale=scaling)
-        return cast(Tensor, out).unflatten(0, (batch, q_length)), None
+        return out.unflatten(0, (batch, q_length)), None
     real_q, real_k, cu_q, cu_k, longest_q, longest_k = layout.unpad
     out = longgen_attn_varlen_func(
         q[real_q], k[real_k], v[real_k], pattern, cu_q, cu_k, longest_q, longest_k, softmax_scale=scaling
     )
-    padded = torch.zeros_like(q).index_copy(0, real_q, cast(Tensor, out))
+    padded = torch.zeros_like(q).index_copy(0, real_q, out)
     return padded.unflatten(0, (batch, q_length)), None
 
 

@@ -126,7 +126,7 @@ def test_rows_that_see_nothing_take_no_gradient_in_and_give_none() -> None:
 @pytest.mark.parametrize("tile_elements", [1, 97, 4 * 50 * 7])
 @pytest.mark.parametrize("kind", ["bidirectional", "strided blocks with per-head phases", "block mask of two heads"])
 def test_row_tiles_join_without_a_seam(kind: str, tile_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setitem(reference.TILE_ELEMENTS, "cpu", tile_elements)
     heads = {"q_heads": 4, "kv_heads": 2, "dtype": FP64}
     assert_equals_plain_attention(dense(kind, PATTERNS[kind], 50, batch=1, **heads))
     assert_equals_plain_attention(packed(kind, PATTERNS[kind], (50, 3, 9), (20, 3, 40), spare_rows=4, **heads))
@@ -134,7 +134,7 @@ def test_row_tiles_join_without_a_seam(kind: str, tile_elements: int, monkeypatc
 
 def test_scores_stay_below_the_tile_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tile of scores exceeds TILE_ELEMENTS, unless a single row of it does."""
-    monkeypatch.setattr(reference, "TILE_ELEMENTS", 1000)
+    monkeypatch.setitem(reference.TILE_ELEMENTS, "cpu", 1000)
     sizes = []
     scores = reference._scores
 
