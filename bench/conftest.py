@@ -9,7 +9,8 @@ import torch
 
 from bench.cases import PATTERNS, Case, Inputs, make_cases, make_inputs
 from bench.gate import Gate
-from bench.peers import Ours, Prepared
+from bench.peers import Ours
+from bench.prepared import Prepared
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from bench.cases import Case, Inputs
-from bench.peers import Prepared
+from bench.prepared import Prepared
 from bench.timing import synchronize
 from longgen_kernels import AttentionPattern
 

@@ -10,7 +10,8 @@ import torch
 
 from bench.cases import Case, Inputs, make_inputs
 from bench.gate import WHOLE_UP_TO, Gate
-from bench.peers import Peer, Prepared, one_line
+from bench.peers import Peer, one_line
+from bench.prepared import Prepared
 from bench.results import Record
 from bench.timing import Effort, Result, measure, poison, synchronize
 

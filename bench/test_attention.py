@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.cases import Case
-from bench.peers import Prepared
+from bench.prepared import Prepared
 from bench.timing import synchronize
 
 pytest.importorskip("pytest_benchmark")

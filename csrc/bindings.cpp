@@ -40,6 +40,38 @@ AttnState attn_state(Address out, const Strides& out_stride, Address lse,
           out_strides(out_stride), lse_strides(lse_stride)};
 }
 
+const int32_t* as_ints(Address address) { return reinterpret_cast<const int32_t*>(address); }
+
+// The ints of Python's `pattern.encode()`, and a block mask's rows (0: none).
+PatternParams parse_pattern(const std::array<int32_t, 9>& code, Address mask_rows) {
+  PatternParams p{};
+  p.causal = code[1];
+  int block_size = 0;
+  if (code[0] == 0) {
+    p.sink = code[2];
+    if (code[3] >= 0) {
+      p.window_kind = Window::kTokens;
+      p.window = code[3];
+    } else if (code[4] >= 0) {
+      p.window_kind = Window::kBlocks;
+      p.window = code[4];
+    }
+    p.stride = code[5];
+    block_size = code[6];
+    if (p.stride != 0) {  // reduced, so that phase_step * head cannot overflow
+      p.phase_step = code[7] % p.stride;
+      p.phase_offset = code[8] % p.stride;
+    }
+  } else {
+    p.mask_rows = as_ints(mask_rows);
+    p.mask_heads = code[2];
+    p.mask_q_blocks = code[3];
+    block_size = code[5];
+  }
+  while ((1 << p.log2_block) < block_size) ++p.log2_block;
+  return p;
+}
+
 cudaStream_t as_stream(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 py::dict build_info() {
@@ -61,6 +93,49 @@ PYBIND11_MODULE(_C, m) {
         "Compute capabilities built for, CUDA version built with, and newest CUDA version that the "
         "installed "
         "driver runs (0: no driver).");
+
+#ifdef LONGGEN_SM90
+  m.def(
+      "attn_fwd_sm90",
+      [](const std::array<int32_t, 9>& pattern, Address mask_rows, int batch, int seqlen_q,
+         int seqlen_k, int q_heads, int kv_heads, int head_dim, const std::string& dtype,
+         float softmax_scale, Address q, const Strides& q_strides, Address k,
+         const Strides& k_strides, Address v, const Strides& v_strides, Address out, Address lse,
+         int q_start, int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
+         Address k_starts, Address stream) {
+        AttentionFwdParams params{};
+        params.pattern = parse_pattern(pattern, mask_rows);
+        params.batch = batch;
+        params.seqlen_q = seqlen_q;
+        params.seqlen_k = seqlen_k;
+        params.q_heads = q_heads;
+        params.kv_heads = kv_heads;
+        params.head_dim = head_dim;
+        params.dtype = parse_dtype(dtype);
+        params.softmax_scale = softmax_scale;
+        params.q = reinterpret_cast<const void*>(q);
+        params.k = reinterpret_cast<const void*>(k);
+        params.v = reinterpret_cast<const void*>(v);
+        params.q_strides = out_strides(q_strides);
+        params.k_strides = out_strides(k_strides);
+        params.v_strides = out_strides(v_strides);
+        params.out = reinterpret_cast<void*>(out);
+        params.lse = reinterpret_cast<float*>(lse);
+        params.q_start = q_start;
+        params.k_start = k_start;
+        params.cu_seqlens_q = as_ints(cu_seqlens_q);
+        params.cu_seqlens_k = as_ints(cu_seqlens_k);
+        params.q_starts = as_ints(q_starts);
+        params.k_starts = as_ints(k_starts);
+        params.stream = as_stream(stream);
+        py::gil_scoped_release release;
+        attn_fwd_sm90(params);
+      },
+      py::kw_only(), "pattern"_a, "mask_rows"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a,
+      "kv_heads"_a, "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "k"_a,
+      "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "lse"_a, "q_start"_a, "k_start"_a,
+      "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a, "stream"_a);
+#endif
 
   m.def(
       "merge_attn_states",

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "attention/pattern.h"
+
 namespace longgen {
 
 enum class DType { kFloat16, kBFloat16, kFloat32 };
@@ -59,9 +61,33 @@ struct MergeBwdParams {
   cudaStream_t stream;
 };
 
+struct AttentionFwdParams {
+  PatternParams pattern;
+  // Sizes; packed, batch counts sequences and seqlen_q, seqlen_k are the total rows.
+  int32_t batch, seqlen_q, seqlen_k, q_heads, kv_heads, head_dim;
+  DType dtype;
+  float softmax_scale;
+  const void* q;  // (batch, seqlen_q, q_heads, head_dim), 16-byte aligned, as k and v
+  const void* k;  // (batch, seqlen_k, kv_heads, head_dim)
+  const void* v;  // (batch, seqlen_k, kv_heads, head_dim)
+  OutStrides q_strides, k_strides, v_strides;
+  void* out;                    // (batch, seqlen_q, q_heads, head_dim), contiguous
+  float* lse;                   // (batch, q_heads, seqlen_q), contiguous
+  int32_t q_start, k_start;     // positions of the first rows, when not packed
+  const int32_t* cu_seqlens_q;  // (batch + 1,), or nullptr: not packed; likewise cu_seqlens_k
+  const int32_t* cu_seqlens_k;
+  const int32_t* q_starts;  // (batch,), or nullptr: suffix-aligned
+  const int32_t* k_starts;  // (batch,), or nullptr: 0
+  cudaStream_t stream;
+  // Set by the launch.
+  float scale_log2;
+  int32_t group, q_tiles, work_items, log2_box;
+};
+
 // Each enqueues its kernel on `stream` of the current device, allocates nothing, waits for nothing,
 // and throws std::runtime_error when the launch fails. Empty shapes launch nothing.
 void merge_attn_states(const MergeParams& params);
 void merge_attn_states_bwd(const MergeBwdParams& params);
+void attn_fwd_sm90(const AttentionFwdParams& params);
 
 }  // namespace longgen

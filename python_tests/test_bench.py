@@ -30,7 +30,8 @@ from bench.cases import (
 )
 from bench.flex import block_mask, mask_mod
 from bench.gate import Gate
-from bench.peers import Attend, Ours, Peer, Prepared, all_peers
+from bench.peers import Ours, Peer, all_peers
+from bench.prepared import Attend, Prepared
 from bench.results import Document, Record, load
 from bench.runner import Plan, Runner
 from bench.timing import Effort, Timing, measure

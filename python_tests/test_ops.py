@@ -238,7 +238,7 @@ BAD_CALLS: list[tuple[type[Exception], str, Callable[[], object]]] = [
     (TypeError, r"q_start must be an int32 tensor \(batch,\) or None, got 3", lambda: varlen(q_start=3)),
     (TypeError, "k_start must be an int32 tensor", lambda: varlen(k_start=torch.zeros(2, dtype=torch.int64))),
     (ValueError, r"q_start must be contiguous \(batch,\) on cpu", lambda: varlen(q_start=CU_Q)),
-    (NotImplementedError, "cuda: has no implementation of attention", lambda: fixed(backend="cuda")),
+    (NotImplementedError, "cuda: takes CUDA tensors, got cpu tensors", lambda: fixed(backend="cuda")),
 ]  # fmt: skip
 
 

@@ -54,10 +54,6 @@ __device__ LseStrides contiguous_lse(const MergeShape& shape) {
   return {int64_t(shape.heads) * shape.seqlen, shape.seqlen, 1};
 }
 
-// 16-byte accesses of one thread to each tensor. The weights of a row cost more instructions than
-// an access, so that with one access a thread the kernel waits for arithmetic, not for memory.
-constexpr int kAccesses = 4;
-
 template <typename T, int kElems>
 __global__ void __launch_bounds__(RowTiles::kThreads)
     merge_kernel(const __grid_constant__ MergeParams p, const __grid_constant__ RowTiles tiles) {
@@ -67,29 +63,31 @@ __global__ void __launch_bounds__(RowTiles::kThreads)
   const T* const out_a = row_of<T>(p.a.out, p.a.out_strides, row);
   const T* const out_b = row_of<T>(p.b.out, p.b.out_strides, row);
   T* const out = static_cast<T*>(p.out) + row.offset(contiguous_out(p.shape));
-  const int step = tiles.lanes * kElems;
-  for (int first = threadIdx.x * kElems; first < p.shape.head_dim; first += kAccesses * step) {
-    // Every load is issued before the first is waited for.
-    Elems a[kAccesses], b[kAccesses];
+
+  // The first elements are asked for before lse is waited for: otherwise two latencies follow each
+  // other.
+  int i = threadIdx.x * kElems;
+  Elems a, b;
+  if (i < p.shape.head_dim) {
+    a = Elems::load(out_a + i);
+    b = Elems::load(out_b + i);
+  }
+  const Merged merged =
+      merge_lse(p.a.lse[row.offset(p.a.lse_strides)], p.b.lse[row.offset(p.b.lse_strides)]);
+  if (threadIdx.x == 0) p.lse[row.offset(contiguous_lse(p.shape))] = merged.lse;
+
+  while (i < p.shape.head_dim) {
+    Elems sum;
 #pragma unroll
-    for (int k = 0; k < kAccesses; ++k) {
-      if (first + k * step >= p.shape.head_dim) break;
-      a[k] = Elems::load(out_a + first + k * step);
-      b[k] = Elems::load(out_b + first + k * step);
+    for (int e = 0; e < kElems; ++e) {
+      sum.elems[e] = from_float<T>(weighted(merged.weight_a, to_float(a.elems[e])) +
+                                   weighted(merged.weight_b, to_float(b.elems[e])));
     }
-    const Merged merged =
-        merge_lse(p.a.lse[row.offset(p.a.lse_strides)], p.b.lse[row.offset(p.b.lse_strides)]);
-    if (first == 0) p.lse[row.offset(contiguous_lse(p.shape))] = merged.lse;
-#pragma unroll
-    for (int k = 0; k < kAccesses; ++k) {
-      if (first + k * step >= p.shape.head_dim) break;
-      Elems sum;
-#pragma unroll
-      for (int e = 0; e < kElems; ++e) {
-        sum.elems[e] = from_float<T>(weighted(merged.weight_a, to_float(a[k].elems[e])) +
-                                     weighted(merged.weight_b, to_float(b[k].elems[e])));
-      }
-      sum.store(out + first + k * step);
+    sum.store(out + i);
+    i += tiles.lanes * kElems;
+    if (i < p.shape.head_dim) {
+      a = Elems::load(out_a + i);
+      b = Elems::load(out_b + i);
     }
   }
 }
@@ -109,36 +107,26 @@ __global__ void __launch_bounds__(RowTiles::kThreads)
   const int64_t grad_offset = row.offset(contiguous_out(p.shape));
   T* const dout_a = static_cast<T*>(p.dout_a) + grad_offset;
   T* const dout_b = static_cast<T*>(p.dout_b) + grad_offset;
+  const Merged merged =
+      merge_lse(p.a.lse[row.offset(p.a.lse_strides)], p.b.lse[row.offset(p.b.lse_strides)]);
 
-  Merged merged{};
   float dot = 0.f;  // dout . (out_a - out_b)
-  const int step = tiles.lanes * kElems;
-  for (int first = threadIdx.x * kElems; first < p.shape.head_dim; first += kAccesses * step) {
-    Elems a[kAccesses], b[kAccesses], d[kAccesses];
+  for (int i = threadIdx.x * kElems; i < p.shape.head_dim; i += tiles.lanes * kElems) {
+    const Elems a = Elems::load(out_a + i);
+    const Elems b = Elems::load(out_b + i);
+    const Elems d = Elems::load(dout + i);
+    Elems d_a, d_b;
 #pragma unroll
-    for (int k = 0; k < kAccesses; ++k) {
-      if (first + k * step >= p.shape.head_dim) break;
-      a[k] = Elems::load(out_a + first + k * step);
-      b[k] = Elems::load(out_b + first + k * step);
-      d[k] = Elems::load(dout + first + k * step);
+    for (int e = 0; e < kElems; ++e) {
+      const float grad = to_float(d.elems[e]);
+      const float difference = (merged.weight_a == 0.f ? 0.f : to_float(a.elems[e])) -
+                               (merged.weight_b == 0.f ? 0.f : to_float(b.elems[e]));
+      dot += grad * difference;
+      d_a.elems[e] = from_float<T>(weighted(merged.weight_a, grad));
+      d_b.elems[e] = from_float<T>(weighted(merged.weight_b, grad));
     }
-    merged = merge_lse(p.a.lse[row.offset(p.a.lse_strides)], p.b.lse[row.offset(p.b.lse_strides)]);
-#pragma unroll
-    for (int k = 0; k < kAccesses; ++k) {
-      if (first + k * step >= p.shape.head_dim) break;
-      Elems d_a, d_b;
-#pragma unroll
-      for (int e = 0; e < kElems; ++e) {
-        const float grad = to_float(d[k].elems[e]);
-        const float difference = (merged.weight_a == 0.f ? 0.f : to_float(a[k].elems[e])) -
-                                 (merged.weight_b == 0.f ? 0.f : to_float(b[k].elems[e]));
-        dot += grad * difference;
-        d_a.elems[e] = from_float<T>(weighted(merged.weight_a, grad));
-        d_b.elems[e] = from_float<T>(weighted(merged.weight_b, grad));
-      }
-      d_a.store(dout_a + first + k * step);
-      d_b.store(dout_b + first + k * step);
-    }
+    d_a.store(dout_a + i);
+    d_b.store(dout_b + i);
   }
 
   const int lane_in_warp = (threadIdx.y * tiles.lanes + threadIdx.x) % 32;
@@ -196,7 +184,7 @@ void merge_attn_states(const MergeParams& params) {
   const bool aligned = rows_aligned(params.shape, params.a.out, params.a.out_strides) &&
                        rows_aligned(params.shape, params.b.out, params.b.out_strides);
   with_access(params.shape, aligned, [&](auto access) {
-    const RowTiles tiles(params.shape, kAccesses * access.elems);
+    const RowTiles tiles(params.shape, access.elems);
     merge_kernel<typename decltype(access)::Elem, access.elems>
         <<<tiles.grid(), tiles.block(), 0, params.stream>>>(params, tiles);
   });
@@ -209,7 +197,7 @@ void merge_attn_states_bwd(const MergeBwdParams& params) {
                        rows_aligned(params.shape, params.b.out, params.b.out_strides) &&
                        rows_aligned(params.shape, params.dout, params.dout_strides);
   with_access(params.shape, aligned, [&](auto access) {
-    const RowTiles tiles(params.shape, kAccesses * access.elems);
+    const RowTiles tiles(params.shape, access.elems);
     merge_bwd_kernel<typename decltype(access)::Elem, access.elems>
         <<<tiles.grid(), tiles.block(), 0, params.stream>>>(params, tiles);
   });

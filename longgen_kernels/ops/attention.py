@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from longgen_kernels import dispatch
-from longgen_kernels.kernels import reference, triton
+from longgen_kernels.kernels import cuda, reference, triton
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import decode_pattern
 
-BACKENDS = {"triton": triton, "reference": reference}
+BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
 
 lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 
@@ -59,13 +59,19 @@ def _problem(
     )
 
 
-def _backend(problem: AttentionProblem, requested: str) -> Any:
+def _forward_backend(problem: AttentionProblem, requested: str) -> Any:
     return BACKENDS[dispatch.choose(requested, support(problem), "attention", problem.q.device.type)]
+
+
+def _backward_backend(problem: AttentionProblem, requested: str) -> Any:
+    """A backend for the gradient, which need not be the one that ran forward: they agree on what out and LSE mean."""
+    support = {name: lambda b=backend: b.backward_unsupported(problem) for name, backend in BACKENDS.items()}
+    return BACKENDS[dispatch.choose(requested, support, "attention's backward pass", problem.q.device.type)]
 
 
 def _attn_fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     problem = _problem(q, k, v, *rest[:-1])
-    backend = _backend(problem, rest[-1])
+    backend = _forward_backend(problem, rest[-1])
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _empty_lse(problem).fill_(-torch.inf)
     out, lse = backend.attn_fwd(problem)
@@ -76,7 +82,7 @@ def _attn_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(q, k, v, *rest[:-1])
-    backend = _backend(problem, rest[-1])
+    backend = _backward_backend(problem, rest[-1])
     if q.numel() == 0 or k.numel() == 0:
         return _zeros(q), _zeros(k), _zeros(v)
     dq, dk, dv = backend.attn_bwd(problem, dout, out, lse, dlse)

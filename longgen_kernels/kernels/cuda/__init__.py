@@ -1,6 +1,16 @@
 """CUDA C++ kernels. Only this package touches `data_ptr()`, strides and streams; it talks to `longgen_kernels._C`."""
 
+from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd, backward_unsupported
 from longgen_kernels.kernels.cuda.extension import available, build_info
 from longgen_kernels.kernels.cuda.merge import merge_attn_states, merge_attn_states_bwd, merge_unsupported
 
-__all__ = ["available", "build_info", "merge_attn_states", "merge_attn_states_bwd", "merge_unsupported"]
+__all__ = [
+    "attention_unsupported",
+    "attn_fwd",
+    "available",
+    "backward_unsupported",
+    "build_info",
+    "merge_attn_states",
+    "merge_attn_states_bwd",
+    "merge_unsupported",
+]

@@ -2,4 +2,6 @@
 
 from longgen_kernels.kernels.reference.attention import attention_unsupported, attn_bwd, attn_fwd
 
-__all__ = ["attention_unsupported", "attn_bwd", "attn_fwd"]
+backward_unsupported = attention_unsupported
+
+__all__ = ["attention_unsupported", "attn_bwd", "attn_fwd", "backward_unsupported"]

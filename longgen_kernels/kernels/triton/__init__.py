@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longgen_kernels.kernels.problem import AttentionProblem
 
-__all__ = ["attention_unsupported", "attn_bwd", "attn_fwd"]
+__all__ = ["attention_unsupported", "attn_bwd", "attn_fwd", "backward_unsupported"]
 
 
 def attention_unsupported(problem: AttentionProblem) -> str | None:
@@ -28,6 +28,9 @@ def attention_unsupported(problem: AttentionProblem) -> str | None:
     if problem.q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(problem.q.device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
+
+
+backward_unsupported = attention_unsupported
 
 
 def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,27 @@
+// The bulk tensor copy engine: tiles of (head_dim, seqlen, heads, batch) tensors into shared
+// memory.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "arch/sm90/barrier.cuh"
+
+namespace longgen::sm90 {
+
+__device__ __forceinline__ void prefetch_descriptor(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// Copies one box whose first element has these coordinates; elements outside the tensor become 0.
+__device__ __forceinline__ void copy_box(const CUtensorMap& map, Mbarrier& done, void* shared,
+                                         int dim, int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(shared_address(&done)), "r"(dim), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+}  // namespace longgen::sm90

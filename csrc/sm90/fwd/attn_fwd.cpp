@@ -1,0 +1,35 @@
+// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+
+namespace longgen {
+namespace sm90 {
+
+template <typename T, int kHeadDim>
+void launch_attn_fwd(AttentionFwdParams params);
+
+extern template void launch_attn_fwd<__half, 128>(AttentionFwdParams);
+extern template void launch_attn_fwd<__nv_bfloat16, 128>(AttentionFwdParams);
+
+}  // namespace sm90
+
+void attn_fwd_sm90(const AttentionFwdParams& params) {
+  if (params.head_dim != 128)
+    throw std::invalid_argument("head_dim is " + std::to_string(params.head_dim) +
+                                "; the kernel was built for 128");
+  switch (params.dtype) {
+    case DType::kFloat16:
+      return sm90::launch_attn_fwd<__half, 128>(params);
+    case DType::kBFloat16:
+      return sm90::launch_attn_fwd<__nv_bfloat16, 128>(params);
+    default:
+      throw std::invalid_argument("the kernel takes float16 and bfloat16");
+  }
+}
+
+}  // namespace longgen

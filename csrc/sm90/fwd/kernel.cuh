@@ -1,0 +1,49 @@
+// The Hopper forward kernel: one producer warpgroup, two math warpgroups, persistent.
+#pragma once
+
+#include "arch/sm90/registers.cuh"
+#include "sm90/fwd/mainloop.cuh"
+#include "sm90/fwd/producer.cuh"
+#include "sm90/fwd/traits.cuh"
+
+namespace longgen::sm90 {
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attn_fwd_kernel(const __grid_constant__ AttentionFwdParams params,
+                    const __grid_constant__ CUtensorMap q_map,
+                    const __grid_constant__ CUtensorMap k_map,
+                    const __grid_constant__ CUtensorMap v_map) {
+  extern __shared__ uint8_t dynamic_shared[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(
+      (reinterpret_cast<uintptr_t>(dynamic_shared) + 1023) & ~static_cast<uintptr_t>(1023));
+
+  if (threadIdx.x == 0) {
+    prefetch_descriptor(q_map);
+    prefetch_descriptor(k_map);
+    prefetch_descriptor(v_map);
+    constexpr int kMathWarps = Traits::kMathWarpgroups * 4;
+    shared.q_full.init(1);
+    shared.q_empty.init(kMathWarps);
+    for (int stage = 0; stage < Traits::kStages; ++stage) {
+      shared.k_full[stage].init(1);
+      shared.v_full[stage].init(1);
+      shared.k_empty[stage].init(kMathWarps);
+      shared.v_empty[stage].init(kMathWarps);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  // The same in every thread of a warp, and known to be so.
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  if (warp < 4) {
+    give_registers<Traits::kProducerRegisters>();
+    if (warp == 0) produce<Traits>(params, q_map, k_map, v_map, shared);
+  } else {
+    take_registers<Traits::kMathRegisters>();
+    MathWarpgroup<Traits>(params, shared, warp / 4 - 1).run();
+  }
+}
+
+}  // namespace longgen::sm90

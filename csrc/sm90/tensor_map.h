@@ -1,0 +1,19 @@
+// Descriptors for the bulk tensor copy engine.
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+#include <cstdint>
+
+#include "params.h"
+
+namespace longgen::sm90 {
+
+// A (head_dim, rows, heads, batch) tensor of a 16-bit type that is copied in boxes of 64 elements
+// by `box_rows` rows, swizzled over 128 bytes. `sizes` and `strides` (in elements, of the last
+// three) are in that order.
+CUtensorMap tensor_map(const void* data, DType dtype, std::array<int64_t, 4> sizes,
+                       std::array<int64_t, 3> strides, int box_rows);
+
+}  // namespace longgen::sm90

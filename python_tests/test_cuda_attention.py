@@ -1,0 +1,106 @@
+"""The Hopper attention kernel against the reference, through the public functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import A, Case, dense, make_inputs, named_cases, packed, patterns_of_every_kind
+from attention_checks import assert_as_accurate_as_plain_pytorch, attend, results
+from attention_strategies import KINDS, random_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longgen_kernels import explain_attention, longgen_attn_func
+from longgen_kernels.kernels.cuda import available
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0) or available() is not None,
+        reason="needs a Hopper GPU and the compiled extension",
+    ),
+]
+HALF, BF16 = torch.float16, torch.bfloat16
+SIZE = 256  # of patterns: their blocks are then 128 tokens and more
+
+
+def runs(case: Case) -> bool:
+    """Whether the kernel takes the case; what it does not take runs on Triton and is tested there."""
+    inputs = make_inputs(case, "cuda")
+    q, k, v = (x if x.ndim == 4 else x[None] for x in (inputs.q, inputs.k, inputs.v))
+    if k.shape[0] != q.shape[0] or k.numel() == 0:
+        return False
+    return explain_attention(q, k, v, A.causal())["cuda"] is None
+
+
+def check(case: Case) -> None:
+    """Forward on the Hopper kernel, backward on Triton: together as accurate as plain PyTorch."""
+    inputs = make_inputs(case, "cuda")
+    with torch.no_grad():
+        out, lse = attend(inputs, inputs.q, inputs.k, inputs.v, backend="auto")
+    got = results(inputs, attend)
+    assert torch.equal(got["out"], out)
+    assert torch.equal(got["lse"], lse)
+    assert_as_accurate_as_plain_pytorch(got, inputs)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("case", named_cases(), ids=str)
+def test_named_case(case: Case, dtype: torch.dtype, poison: object) -> None:
+    case = case.at(dtype, 128)
+    if not runs(case):
+        pytest.skip("not for this kernel")
+    check(case)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("kind", patterns_of_every_kind(SIZE))
+def test_every_kind_of_pattern(kind: str, is_packed: bool, poison: object) -> None:
+    pattern = patterns_of_every_kind(SIZE)[kind]
+    heads = {"q_heads": 4, "kv_heads": 2}
+    case = dense(kind, pattern, 2 * SIZE + 9, 3 * SIZE + 9, batch=2, **heads)
+    if is_packed:
+        case = packed(kind, pattern, (SIZE + 9, 5, 2 * SIZE), (SIZE + 9, 3 * SIZE, 7), **heads)
+    check(case.at(BF16, 128))
+
+
+@pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
+def test_lengths_around_the_ends_of_tiles(kind: str, poison: object) -> None:
+    pattern = patterns_of_every_kind(SIZE)[kind]
+    near = [tile + d for tile in (32, 64, 128, 256, 1024) for d in (-1, 0, 1)] + [1, 1500]
+    for seqlen_q, seqlen_k in zip(near, near[5:] + near[:5], strict=True):
+        check(dense("ragged", pattern, seqlen_q, seqlen_k, q_heads=4, kv_heads=2).at(BF16, 128))
+    check(packed("all", pattern, tuple(near), q_heads=4, kv_heads=2).at(BF16, 128))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=64, print_blob=True)  # times 8 kinds
+def test_random_cases(kind: str, data: st.DataObject) -> None:
+    check(data.draw(random_cases(kind, [(BF16, 128, 1), (HALF, 128, 4), (BF16, 128, 2)], longest=600)))
+
+
+def test_takes_every_kind_of_pattern_and_says_what_it_does_not_take() -> None:
+    q = torch.randn(1, 300, 4, 128, dtype=BF16, device="cuda")
+    for pattern in (A.causal(), A.bidirectional(), A.sink_window(4, 100), A.strided(4, 128, window=100)):
+        assert explain_attention(q, q, q, pattern)["cuda"] is None
+    for x, pattern, word in (
+        (q.float(), A.causal(), "float32"),
+        (q[..., :64], A.causal(), "head_dim 128"),
+        (q, A.strided(4, 64, window=100), "64"),
+    ):
+        assert word in str(explain_attention(x, x, x, pattern)["cuda"])
+
+
+def test_an_explicit_backend_without_a_backward_pass_raises_in_backward() -> None:
+    q = torch.randn(1, 300, 4, 128, dtype=BF16, device="cuda", requires_grad=True)
+    out = longgen_attn_func(q, q, q, A.causal(), backend="cuda")
+    with pytest.raises(NotImplementedError, match="backward"):
+        out.sum().backward()
+
+
+def test_repeated_runs_are_bitwise_equal() -> None:
+    q, k, v = (torch.randn(2, 3000, 8, 128, dtype=BF16, device="cuda") for _ in range(3))
+    first = longgen_attn_func(q, k, v, A.sink_window(100, 1000), backend="cuda")
+    for _ in range(200):
+        assert torch.equal(longgen_attn_func(q, k, v, A.sink_window(100, 1000), backend="cuda"), first)
