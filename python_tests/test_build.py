@@ -171,3 +171,31 @@ def test_kernels_do_not_spill() -> None:
     for name, resources in kernels:
         used = dict(re.findall(r"(\w+):(\d+)", resources))
         assert (used["STACK"], used["LOCAL"]) == ("0", "0"), f"{name}: {resources}"
+
+
+@needs_extension
+def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
+    """Tensor-core instructions, no local memory, and softmax before the wait for P V, which the assembler may move."""
+    from longgen_kernels import _C
+
+    if "90a" not in _C.build_info()["cuda_archs"].split(","):
+        pytest.skip("built without Hopper's kernels")
+    sass = subprocess.run(
+        [cuobjdump(), "--dump-sass", "--gpu-architecture", "sm_90a", _C.__file__],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    kernels = [text for text in sass.split("Function : ")[1:] if "attn_fwd_kernel" in text.split("\n", 1)[0]]
+    assert len(kernels) == 2
+    for text in kernels:
+        assert text.count("HGMMA") >= 32
+        assert not re.search(r"\b(LDL|STL)\b", text)
+        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)  # text, argument, text, argument, ...
+        between = [
+            waits[i + 1]
+            for i in range(1, len(waits) - 2, 2)
+            if (waits[i], waits[i + 2]) == ("0x1", "0x0")  # from "scores are there" to "output is there"
+        ]
+        assert len(between) == 1
+        assert between[0].count("MUFU.EX2") >= 64

@@ -310,6 +310,22 @@ def test_a_gpu_tensor_never_falls_to_the_reference() -> None:
     assert longgen_attn_func(q, q, q, STRIDED, backend="reference").is_cuda
 
 
+@pytest.mark.gpu
+def test_block_masks_are_built_and_used_without_waiting_for_the_device() -> None:
+    dense_mask = torch.rand(2, 8, 8, device="cuda") < 0.5
+    q, k, v = (torch.randn(1, 512, 2, 64, dtype=torch.float16, device="cuda", requires_grad=True) for _ in range(3))
+
+    def run() -> None:
+        longgen_attn_func(q, k, v, BlockMask.from_dense(dense_mask, 64), backend="triton").sum().backward()
+
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # -- CUDA graphs and compiled kernels ---------------------------------------------------------------------------------
 
 
