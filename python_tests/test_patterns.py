@@ -350,3 +350,9 @@ def test_a_plot_shows_the_mask(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert "head 1" in axes.get_title()
     assert PATTERNS[name].plot(20, ax=axes) is axes
     plt.close(axes.figure)
+
+
+def test_a_mask_of_more_blocks_than_int32_counts_is_refused() -> None:
+    huge = torch.ones(1, dtype=torch.bool).expand(1 << 10, 1 << 11, 1 << 10)  # one byte of memory
+    with pytest.raises(ValueError, match="must have less than 2147483648 blocks"):
+        BlockMask.from_dense(huge, 16)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longgen_kernels.patterns.base import Pattern, checked_block_size
 
+MAX_BLOCKS = 1 << 31  # the index lists are int32
 MIN_BLOCK = 16  # smaller blocks would starve every matrix unit; masks finer than this are not block masks
 
 
@@ -62,6 +63,8 @@ class BlockMask(Pattern):
             mask = mask[None]
         if mask.ndim != 3 or mask.numel() == 0:
             raise ValueError(f"{name}: mask must be (heads, q_blocks, k_blocks), none of them 0; got {mask.shape}")
+        if mask.numel() >= MAX_BLOCKS:
+            raise ValueError(f"{name}: a mask must have less than {MAX_BLOCKS} blocks, got {mask.shape}")
         if checked_block_size(name, block_size) < MIN_BLOCK:
             raise ValueError(f"{name}: block_size must be at least {MIN_BLOCK}, got {block_size}")
         heads, q_blocks, k_blocks = mask.shape
