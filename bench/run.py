@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, peers: dict[str, Peer] | None = None
     baseline = args.baseline or next((p.name for name in BASELINES for p in there if p.name == name), None)
     effort = Effort(args.budget_s, args.warmups, args.min_repeats, cuda_graph=args.cuda_graph)
     settings = {
-        "argv": list(sys.argv[1:] if argv is None else argv),
+        "argv": _without_out(sys.argv[1:] if argv is None else argv),
         "passes": args.passes,
         "effort": asdict(effort),
         "seed": args.seed,
@@ -66,6 +66,12 @@ def main(argv: Sequence[str] | None = None, peers: dict[str, Peer] | None = None
     print(report.table(document.records, baseline))
     print(f"{time.perf_counter() - started:.0f} s" + (f", written to {args.out}" if args.out else ""))
     return 1 if any(record.status == "refused" for record in document.records) else 0
+
+
+def _without_out(argv: Sequence[str]) -> list[str]:
+    """The command line but for where the file went, which says nothing about a measurement."""
+    at = next((i for i, word in enumerate(argv) if word == "--out"), len(argv))
+    return [*argv[:at], *argv[at + 2 :]]
 
 
 def _parse(argv: Sequence[str] | None, peers: dict[str, Peer]) -> argparse.Namespace:

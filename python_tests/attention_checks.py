@@ -9,7 +9,7 @@ import torch
 from attention_cases import Case, Inputs
 from torch import Tensor
 
-from longgen_kernels import BlockMask, longgen_attn_func, longgen_attn_varlen_func
+from longgen_kernels import AttentionPattern, BlockMask, longgen_attn_func, longgen_attn_varlen_func
 
 INF = float("inf")
 # Units in the last place; fp32 sums of a few hundred terms differ by some in another order.
@@ -122,3 +122,18 @@ def assert_as_accurate_as_plain_pytorch(got: Results, inputs: Inputs) -> None:
     blind = got["lse"] == -INF
     assert (got["out"].transpose(-2, -3)[blind] == 0).all(), "a row that sees nothing has output"
     assert (got["dq"].transpose(-2, -3)[blind] == 0).all(), "a row that sees nothing has a gradient"
+
+
+def check_nan_query(backend: str, head_dim: int, dtype: torch.dtype, device: str) -> None:
+    """A NaN that comes in is not taken for a row that sees nothing: output, LSE and gradient of its row are NaN."""
+    q, k, v = (torch.randn(1, 100, 1, head_dim, dtype=dtype, device=device) for _ in range(3))
+    q[0, 40] = float("nan")
+    q.requires_grad_()
+    out, lse = longgen_attn_func(q, k, v, AttentionPattern.sink_window(4, 20), return_lse=True, backend=backend)
+    rows = torch.arange(100, device=device) == 40
+    assert torch.equal(out[0, :, 0].isnan().all(-1), rows)
+    assert torch.equal(out[0, :, 0].isnan().any(-1), rows)
+    assert torch.equal(lse[0, 0].isnan(), rows)
+    if backend != "cuda":
+        (dq,) = torch.autograd.grad(out.sum(), q)
+        assert torch.equal(dq[0, :, 0].isnan().all(-1), rows)

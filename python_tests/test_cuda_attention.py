@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import A, Case, dense, make_inputs, named_cases, packed, patterns_of_every_kind
-from attention_checks import assert_as_accurate_as_plain_pytorch, attend, results
+from attention_checks import assert_as_accurate_as_plain_pytorch, attend, check_nan_query, results
 from attention_strategies import KINDS, random_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +97,10 @@ def test_an_explicit_backend_without_a_backward_pass_raises_in_backward() -> Non
     out = longgen_attn_func(q, q, q, A.causal(), backend="cuda")
     with pytest.raises(NotImplementedError, match="backward"):
         out.sum().backward()
+
+
+def test_a_nan_query_shows_in_its_own_row_and_nowhere_else() -> None:
+    check_nan_query("cuda", 128, BF16, "cuda")
 
 
 def test_repeated_runs_are_bitwise_equal() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import INTERPRETED, TILE, A, Case, dense, make_inputs, named_cases, packed, patterns_of_every_kind
-from attention_checks import Results, assert_as_accurate_as_plain_pytorch, attend, results
+from attention_checks import Results, assert_as_accurate_as_plain_pytorch, attend, check_nan_query, results
 from attention_strategies import KINDS, random_cases
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -96,6 +96,44 @@ def test_four_thousand_tokens(kind: str, poison: object) -> None:
 def test_random_cases(kind: str, triton_device: str, data: st.DataObject) -> None:
     case = data.draw(random_cases(kind, SHAPES, longest=2 * TILE if INTERPRETED else 600))
     check(case, triton_device)
+
+
+# -- NaN, very many tiles ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_a_nan_query_shows_in_its_own_row_and_nowhere_else(backend: str, triton_device: str) -> None:
+    check_nan_query(backend, 32, HALF, triton_device)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_no_grid_axis_but_the_first_grows_with_length_or_sequences(is_packed: bool, triton_device: str) -> None:
+    from longgen_kernels.kernels.problem import AttentionProblem
+    from longgen_kernels.kernels.triton import attention, attention_unsupported
+
+    q = torch.empty(1, 1 << 24, 2, 16, dtype=HALF, device="meta")
+    cu = torch.empty(100_001, dtype=torch.int32, device="meta")
+    problem = AttentionProblem(q, q, q, A.sink_window(4, 64), 1.0)
+    if is_packed:
+        problem = AttentionProblem(q[0], q[0], q[0], A.sink_window(4, 64), 1.0, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    assert attention_unsupported(problem) is None
+    for grid in (attention._query_grid(problem, 64), attention._key_grid(problem, 64)[0]):
+        assert grid[0] < 1 << 31
+        assert max(grid[1:]) <= 65535
+
+
+@pytest.mark.parametrize("repeats", [7, pytest.param(23_000, marks=GPU_ONLY)])
+def test_many_packed_sequences_of_a_token_or_two(repeats: int, triton_device: str) -> None:
+    """A token that sees itself alone puts out its own value, and its value's gradient is that of the output."""
+    few = (1, 0, 2)
+    case = packed("many", A.sink_window(1, 2), few * repeats, q_heads=2, kv_heads=1).at(HALF, 16)
+    inputs = make_inputs(case, triton_device)
+    got = results(inputs, attend, backend="triton")
+    token = torch.arange(3 * repeats, device=triton_device) % 3  # alone, first of two, second of two
+    torch.testing.assert_close(got["out"][token < 2], inputs.v[token < 2].expand(-1, 2, -1))
+    dout = inputs.dout[token == 0].float().sum(1, keepdim=True)
+    torch.testing.assert_close(got["dv"][token == 0].float(), dout, atol=1e-2, rtol=1e-2)
+    assert all(value.isfinite().all() for value in got.values())
 
 
 # -- repeatability, streams -------------------------------------------------------------------------------------------

@@ -59,19 +59,14 @@ def _problem(
     )
 
 
-def _forward_backend(problem: AttentionProblem, requested: str) -> Any:
-    return BACKENDS[dispatch.choose(requested, support(problem), "attention", problem.q.device.type)]
-
-
-def _backward_backend(problem: AttentionProblem, requested: str) -> Any:
-    """A backend for the gradient, which need not be the one that ran forward: they agree on what out and LSE mean."""
-    support = {name: lambda b=backend: b.backward_unsupported(problem) for name, backend in BACKENDS.items()}
-    return BACKENDS[dispatch.choose(requested, support, "attention's backward pass", problem.q.device.type)]
+def backward_support(problem: AttentionProblem) -> dict[str, dispatch.Support]:
+    """The same for the gradient. It need not run where forward ran: backends agree on what out and LSE mean."""
+    return {name: lambda b=backend: b.backward_unsupported(problem) for name, backend in BACKENDS.items()}  # type: ignore[misc]
 
 
 def _attn_fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     problem = _problem(q, k, v, *rest[:-1])
-    backend = _forward_backend(problem, rest[-1])
+    backend = BACKENDS[dispatch.choose(rest[-1], support(problem), "attention", q.device.type)]
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _empty_lse(problem).fill_(-torch.inf)
     out, lse = backend.attn_fwd(problem)
@@ -82,7 +77,7 @@ def _attn_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(q, k, v, *rest[:-1])
-    backend = _backward_backend(problem, rest[-1])
+    backend = BACKENDS[dispatch.choose(rest[-1], backward_support(problem), "attention's gradient", q.device.type)]
     if q.numel() == 0 or k.numel() == 0:
         return _zeros(q), _zeros(k), _zeros(v)
     dq, dk, dv = backend.attn_bwd(problem, dout, out, lse, dlse)

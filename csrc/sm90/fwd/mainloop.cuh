@@ -254,7 +254,7 @@ class MathWarpgroup {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(softmax.sum[half]);
-      const bool seen = sum > 0.f;
+      const bool seen = sum != 0.f;  // NaN is not 0: it stays NaN
       const float scale = seen ? 1.f / sum : 0.f;
       const int row = row_ + 8 * half;
       const int q_row = work.p_tile + row - work.q_start;

@@ -176,7 +176,7 @@ def _scores(one: _Sequence, lo: int, hi: int) -> tuple[Tensor, Tensor, Tensor, T
 def _rows_fwd(one: _Sequence, lo: int, hi: int) -> tuple[Tensor, Tensor]:
     scores, _, _, v = _scores(one, lo, hi)
     if scores.shape[-1] == 0:
-        return one.q[..., lo:hi, :].to(v.dtype) * 0, scores.new_full(scores.shape[:-1], -torch.inf)
+        return v.new_zeros(one.q[..., lo:hi, :].shape), scores.new_full(scores.shape[:-1], -torch.inf)
     lse = torch.logsumexp(scores, dim=-1)
     # A row that sees nothing has LSE -inf; any finite value in its place makes its probabilities exp(-inf) = 0.
     probs = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])

@@ -23,8 +23,8 @@ def attention_unsupported(problem: AttentionProblem) -> str | None:
         return "Triton's interpreter computes bfloat16 wrongly"
     if problem.head_dim % 8 != 0 or not 8 <= problem.head_dim <= 256:
         return f"takes head_dim 8 to 256 in multiples of 8, got {problem.head_dim}"
-    if problem.batch > 65535 or problem.q_heads > 65535:
-        return f"takes up to 65535 sequences and heads, got {problem.batch} and {problem.q_heads}"
+    if problem.q_heads > 65535 or (problem.batch > 65535 and not problem.varlen):
+        return f"takes up to 65535 heads and rows of a batch, got {problem.q_heads} and {problem.batch}"
     if problem.q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(problem.q.device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None

@@ -69,7 +69,8 @@ def attn_bwd(
         attn_bwd_dkdv_kernel[grid](
             q_source, k, v, dout_source, lse_source, delta_source, dk, dv,
             *_packing(problem), _mask_list(problem, "cols"), *strides, *_strides(dk), *_lse_strides(delta),
-            slack=slack, scale=problem.softmax_scale, **_common(problem, "k_blocks"), **flags,
+            kv_heads=problem.kv_heads, slack=slack, scale=problem.softmax_scale,
+            **_common(problem, "k_blocks"), **flags,
         )  # fmt: skip
         tile = _tile("dq", problem)
         flags = _flags(problem, tile)
@@ -105,14 +106,14 @@ def _key_grid(problem: AttentionProblem, block_n: int) -> tuple[tuple[int, int, 
     """Grid of the key tiles, and how many tiles a sequence may have beyond its length.
 
     Each of the three classes of columns (sink, strided, local) has ragged tiles at both ends, and the blocks cut by
-    the sequence's ends count whole.
+    the sequence's ends count whole. All on the first axis: the others end at 65535.
     """
     rows = problem.k.shape[-3]
     block_size = problem.pattern.block_size or 1
     slack = 6 + 4 * math.ceil(min(block_size, rows) / block_n)
     if problem.varlen:
-        return (problem.kv_heads, rows // block_n + slack * (problem.batch + 1), 1), slack
-    return (problem.kv_heads, math.ceil(rows / block_n) + slack, problem.batch), slack
+        return ((rows // block_n + slack * (problem.batch + 1)) * problem.kv_heads, 1, 1), slack
+    return ((math.ceil(rows / block_n) + slack) * problem.kv_heads, 1, problem.batch), slack
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

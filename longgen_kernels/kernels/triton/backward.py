@@ -158,7 +158,7 @@ def attn_bwd_dq_kernel(
 
 
 @triton.jit(do_not_specialize=[
-    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "stat_sb", "stat_sh", "slack",
+    "seqlen_q", "seqlen_k", "q_start", "k_start", "batch", "stat_sb", "stat_sh", "kv_heads", "slack",
     "sink", "window", "stride", "log2_block", "phase_step", "phase_offset",
     "mask_entries", "mask_group", "mask_cols_per_head",
 ])  # fmt: skip
@@ -172,7 +172,7 @@ def attn_bwd_dkdv_kernel(
     dk_sb: tl.int64, dk_ss: tl.int64, dk_sh: tl.int64,
     stat_sb: tl.int64, stat_sh: tl.int64,
     seqlen_q: tl.int32, seqlen_k: tl.int32, q_start: tl.int32, k_start: tl.int32,
-    batch: tl.int32, slack: tl.int32, scale, scale_log2,
+    batch: tl.int32, kv_heads: tl.int32, slack: tl.int32, scale, scale_log2,
     sink: tl.int32, window: tl.int32, stride: tl.int32, log2_block: tl.int32,
     phase_step: tl.int32, phase_offset: tl.int32,
     mask_entries: tl.int32, mask_group: tl.int32, mask_cols_per_head: tl.int32,
@@ -181,15 +181,15 @@ def attn_bwd_dkdv_kernel(
     GATHER: tl.constexpr, TMA: tl.constexpr, VARLEN: tl.constexpr,
     HAS_Q_STARTS: tl.constexpr, HAS_K_STARTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dV = P^T dO and dK = scale * dS^T Q, summed over a GQA group; grid (kv_heads, key tiles, batch or 1).
+    """dV = P^T dO and dK = scale * dS^T Q, summed over a GQA group; grid (key tiles * kv_heads, 1, batch or 1).
 
     Heads vary fastest, so that every head's long tiles (sink, strided) start before anyone's short ones.
     """
-    kv_head = tl.program_id(0)
+    kv_head = tl.program_id(0) % kv_heads
     seq = tl.program_id(2)
     seq64 = seq.to(tl.int64)
     tile, q_first, q_len, k_first, k_len, q_start, k_start = sequence_of(
-        tl.program_id(1), BLOCK_N, slack, seqlen_q, seqlen_k, q_start, k_start,
+        tl.program_id(0) // kv_heads, BLOCK_N, slack, seqlen_q, seqlen_k, q_start, k_start,
         cu_q, cu_k, q_starts, k_starts, batch, False, VARLEN, HAS_Q_STARTS, HAS_K_STARTS,
     )  # fmt: skip
     q_end = q_start + q_len

@@ -118,7 +118,7 @@ def attn_fwd_kernel(
         acc = tl.dot(w.to(v.dtype), v, acc, input_precision=PRECISION)
         m = m_new
 
-    seen_any = denom > 0.0
+    seen_any = denom != 0.0  # NaN is not 0: it stays NaN
     out = acc / tl.where(seen_any, denom, 1.0)[:, None]
     lse = tl.where(seen_any, (m + tl.log2(tl.where(seen_any, denom, 1.0))) * 0.6931471805599453, float("-inf"))
     tl.store(
