@@ -30,6 +30,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "mha": {},
         "gqa": {"kv_heads": 8},
         "d64": {"head_dim": 64},
+        "batch8": {"batch": 8},
         "tiny": {"q_heads": 2, "kv_heads": 2, "head_dim": 16, "dtype": torch.float32},  # for machines without a GPU
     }
 )

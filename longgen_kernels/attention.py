@@ -244,7 +244,7 @@ def _call(
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
     mask = pattern if isinstance(pattern, BlockMask) else None
-    out, lse = torch.ops.longgen_kernels.attn_fwd(
+    out, lse = torch.ops.longgen_kernels.attn_fwd.default(
         q, k, v, pattern.encode(), mask.rows if mask else None, mask.cols if mask else None,
         checked_scale(softmax_scale, q.shape[-1]), q_start, k_start,
         cu_seqlens_q, cu_seqlens_k, q_starts, k_starts, deterministic, backend,

@@ -44,24 +44,27 @@ def check(case: Case) -> None:
     assert_as_accurate_as_plain_pytorch(got, inputs)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("case", named_cases(), ids=str)
-def test_named_case(case: Case, dtype: torch.dtype, poison: object) -> None:
-    case = case.at(dtype, 128)
+def test_named_case(case: Case, dtype: torch.dtype, head_dim: int, poison: object) -> None:
+    case = case.at(dtype, head_dim)
     if not runs(case):
         pytest.skip("not for this kernel")
     check(case)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("size", [128, SIZE])
 @pytest.mark.parametrize("kind", patterns_of_every_kind(SIZE))
-def test_every_kind_of_pattern(kind: str, is_packed: bool, poison: object) -> None:
-    pattern = patterns_of_every_kind(SIZE)[kind]
+def test_every_kind_of_pattern(kind: str, size: int, is_packed: bool, head_dim: int, poison: object) -> None:
+    pattern = patterns_of_every_kind(size)[kind]
     heads = {"q_heads": 4, "kv_heads": 2}
-    case = dense(kind, pattern, 2 * SIZE + 9, 3 * SIZE + 9, batch=2, **heads)
+    case = dense(kind, pattern, 2 * size + 9, 3 * size + 9, batch=2, **heads)
     if is_packed:
-        case = packed(kind, pattern, (SIZE + 9, 5, 2 * SIZE), (SIZE + 9, 3 * SIZE, 7), **heads)
-    check(case.at(BF16, 128))
+        case = packed(kind, pattern, (size + 9, 5, 2 * size), (size + 9, 3 * size, 7), **heads)
+    check(case.at(BF16, head_dim))
 
 
 @pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
@@ -77,7 +80,7 @@ def test_lengths_around_the_ends_of_tiles(kind: str, poison: object) -> None:
 @given(data=st.data())
 @settings(max_examples=64, print_blob=True)  # times 8 kinds
 def test_random_cases(kind: str, data: st.DataObject) -> None:
-    check(data.draw(random_cases(kind, [(BF16, 128, 1), (HALF, 128, 4), (BF16, 128, 2)], longest=600)))
+    check(data.draw(random_cases(kind, [(BF16, 128, 1), (HALF, 128, 4), (BF16, 64, 2)], longest=600)))
 
 
 def test_takes_every_kind_of_pattern_and_says_what_it_does_not_take() -> None:
@@ -86,8 +89,8 @@ def test_takes_every_kind_of_pattern_and_says_what_it_does_not_take() -> None:
         assert explain_attention(q, q, q, pattern)["cuda"] is None
     for x, pattern, word in (
         (q.float(), A.causal(), "float32"),
-        (q[..., :64], A.causal(), "head_dim 128"),
-        (q, A.strided(4, 64, window=100), "64"),
+        (q[..., :96], A.causal(), "got 96"),
+        (q, A.strided(4, 8, window=100), "16 tokens, got 8"),
     ):
         assert word in str(explain_attention(x, x, x, pattern)["cuda"])
 
@@ -97,6 +100,23 @@ def test_an_explicit_backend_without_a_backward_pass_raises_in_backward() -> Non
     out = longgen_attn_func(q, q, q, A.causal(), backend="cuda")
     with pytest.raises(NotImplementedError, match="backward"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
+@pytest.mark.parametrize("pattern", [A.causal(), A.sink_window(100, 500), A.strided(3, 64, window=200)], ids=str)
+def test_scores_that_outgrow_the_reference_of_the_first_tile(pattern: A, dtype: torch.dtype) -> None:
+    """Weights are relative to the first tile's maximum until a later tile's are out of bounds; both kinds of growth."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    for scales in ((1, 3), (1, 8, 60), (1, 100, 2, 500)):
+        q, k, v = (torch.randn(2, 2500, 4, 128, dtype=dtype, device="cuda", generator=generator) for _ in range(3))
+        pick = torch.randint(len(scales), (2, 40, 4, 1), device="cuda", generator=generator)
+        k *= torch.tensor(scales, device="cuda", dtype=dtype)[pick].repeat_interleave(64, 1)[:, :2500]
+        out, lse = longgen_attn_func(q, k, v, pattern, return_lse=True, backend="cuda")
+        true, true_lse = longgen_attn_func(
+            q.float(), k.float(), v.float(), pattern, return_lse=True, backend="reference"
+        )
+        torch.testing.assert_close(out.float(), true, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(lse, true_lse, atol=1e-3, rtol=1e-5)
 
 
 def test_a_nan_query_shows_in_its_own_row_and_nowhere_else() -> None:

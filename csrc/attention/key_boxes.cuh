@@ -3,7 +3,7 @@
 // A box holds 2^log2_rows keys and is aligned to its size; a key tile is made of the next few boxes
 // in a list that is never stored: up to three runs (sink, strided blocks, window), or the row of a
 // block mask. Where runs overlap the window's has the keys, as it applies the whole definition of
-// "visible".
+// "visible". A mask of blocks half as long as the tile has two rows in it, which are merged.
 #pragma once
 
 #include "attention/pattern.h"
@@ -12,15 +12,24 @@ namespace longgen {
 
 // A box that lies behind every key: its rows load as zeros and are masked.
 constexpr int kNowhere = 1 << 30;
+constexpr int kLog2Tile = 7;
 
 struct Box {
   int position;  // of its first key
   int lo, hi;    // positions that its run may show
   bool masked;   // whether some (query, key) pair of it is not visible
+  int hidden;    // bit r: from the queries in row r of a block mask (of two in a tile)
 };
 
 __device__ __forceinline__ int ceil_shift(int x, int shift) {
   return (x + (1 << shift) - 1) >> shift;
+}
+
+// The lowest `count` bits; none below 0, all from 32.
+__device__ __forceinline__ uint32_t bits_below(int count) {
+  uint32_t above;
+  asm("shl.b32 %0, %1, %2;" : "=r"(above) : "r"(~0u), "r"(max(count, 0)));  // clamps at 32
+  return ~above;
 }
 
 class KeyBoxes {
@@ -36,7 +45,9 @@ class KeyBoxes {
         k_end_(k_end) {
     const int hi = pattern.causal ? min(k_end, p_last + 1) : k_end;
     if (pattern.mask_rows != nullptr) {
-      find_mask_row(hi, q_head, q_heads);
+      n_window_ = find_mask_row(entries_, p_first, hi, q_head, q_heads);
+      if (p_last >> pattern.log2_block != p_first >> pattern.log2_block)
+        n_below_ = find_mask_row(below_, p_last, hi, q_head, q_heads);
       return;
     }
     const int shift = pattern.log2_block;
@@ -71,9 +82,33 @@ class KeyBoxes {
 
   __device__ __forceinline__ int count() const { return n_sink_ + n_strided_ + n_window_; }
 
+  // Two rows of a block mask have no list in common; their boxes come one after the other.
+  __device__ __forceinline__ bool two_rows() const {
+    return pattern_.mask_rows != nullptr && pattern_.log2_block < kLog2Tile;
+  }
+  __device__ __forceinline__ bool empty() const { return count() + n_below_ == 0; }
+
+  // The box of the next block from the last on that either row has. `taken` counts what was used of
+  // each.
+  __device__ __forceinline__ Box merged(int (&taken)[2]) const {
+    const int above = taken[0] < n_window_ ? __ldg(entries_ + n_window_ - 1 - taken[0]) : -1;
+    const int below = taken[1] < n_below_ ? __ldg(below_ + n_below_ - 1 - taken[1]) : -1;
+    const int block = max(above, below);
+    if (block < 0) return {kNowhere, k_start_, k_end_, true, 0};
+    taken[0] += above == block;
+    taken[1] += below == block;
+    Box box = window_box(block << pattern_.log2_block);
+    box.hidden = (above != block) | (below != block) << 1;
+    box.masked |= box.hidden != 0;
+    return box;
+  }
+  __device__ __forceinline__ bool all_taken(const int (&taken)[2]) const {
+    return taken[0] == n_window_ && taken[1] == n_below_;
+  }
+
   __device__ __forceinline__ Box operator[](int index) const {
     const int rows = 1 << log2_rows_;
-    Box box{kNowhere, k_start_, k_end_, true};
+    Box box{kNowhere, k_start_, k_end_, true, 0};
     if (index >= count()) return box;
     if (index < n_sink_) {
       box.position = (sink_box_ + index) << log2_rows_;
@@ -93,22 +128,11 @@ class KeyBoxes {
       return box;
     }
     index -= n_strided_;
-    if (pattern_.mask_rows != nullptr) {
-      const int log2_per_block = pattern_.log2_block - log2_rows_;
-      const int block = __ldg(entries_ + (index >> log2_per_block));
-      box.position =
-          (block << pattern_.log2_block) + ((index & ((1 << log2_per_block) - 1)) << log2_rows_);
-    } else {
-      box.position = (window_box_ + index) << log2_rows_;
-    }
-    const int shift = pattern_.log2_block;
-    box.masked =
-        box.position < k_start_ || box.position + rows > k_end_ ||
-        (pattern_.causal && box.position + rows - 1 > p_first_) ||
-        (pattern_.window_kind == Window::kTokens && p_last_ - box.position >= pattern_.window) ||
-        (pattern_.window_kind == Window::kBlocks &&
-         (p_last_ >> shift) - (box.position >> shift) >= pattern_.window);
-    return box;
+    if (pattern_.mask_rows == nullptr) return window_box((window_box_ + index) << log2_rows_);
+    const int log2_per_block = pattern_.log2_block - log2_rows_;
+    const int block = __ldg(entries_ + (index >> log2_per_block));
+    return window_box((block << pattern_.log2_block) +
+                      ((index & ((1 << log2_per_block) - 1)) << log2_rows_));
   }
 
   // Whether a strided block holds the key at this position.
@@ -126,26 +150,38 @@ class KeyBoxes {
   }
 
  private:
+  // A box whose keys the window shows, or a block mask; what of them is up to the mask.
+  __device__ __forceinline__ Box window_box(int position) const {
+    const int end = position + (1 << log2_rows_), shift = pattern_.log2_block;
+    const bool masked =
+        position < k_start_ || end > k_end_ || (pattern_.causal && end - 1 > p_first_) ||
+        (pattern_.window_kind == Window::kTokens && p_last_ - position >= pattern_.window) ||
+        (pattern_.window_kind == Window::kBlocks &&
+         (p_last_ >> shift) - (position >> shift) >= pattern_.window);
+    return {position, k_start_, k_end_, masked, 0};
+  }
+
   // Number of strided blocks among the first `blocks`.
   __device__ __forceinline__ int blocks_below(int blocks) const {
     return blocks > first_block_ ? (blocks - first_block_ + pattern_.stride - 1) / pattern_.stride
                                  : 0;
   }
 
-  __device__ void find_mask_row(int hi, int q_head, int q_heads) {
+  // The boxes of the mask row that the query at p is in; `entries` becomes its list.
+  __device__ int find_mask_row(const int32_t*& entries, int p, int hi, int q_head, int q_heads) {
     const int shift = pattern_.log2_block;
-    const int q_block = p_first_ >> shift;
-    if (q_block < 0 || q_block >= pattern_.mask_q_blocks) return;
+    const int q_block = p >> shift;
+    if (q_block < 0 || q_block >= pattern_.mask_q_blocks) return 0;
     const int mask_head = q_head / (q_heads / pattern_.mask_heads);
     const int row = mask_head * pattern_.mask_q_blocks + q_block;
     int begin = __ldg(pattern_.mask_rows + row);
     int end = __ldg(pattern_.mask_rows + row + 1);
-    const int32_t* entries = pattern_.mask_rows + pattern_.mask_heads * pattern_.mask_q_blocks + 1;
+    entries = pattern_.mask_rows + pattern_.mask_heads * pattern_.mask_q_blocks + 1;
     // A mask may be larger than the sequence.
     while (end > begin && (__ldg(entries + end - 1) << shift) >= hi) --end;
     while (end > begin && ((__ldg(entries + begin) + 1) << shift) <= k_start_) ++begin;
-    entries_ = entries + begin;
-    n_window_ = (end - begin) << (shift - log2_rows_);
+    entries += begin;
+    return (end - begin) << (shift - log2_rows_);
   }
 
   const PatternParams& pattern_;
@@ -154,7 +190,8 @@ class KeyBoxes {
   int n_sink_ = 0, n_strided_ = 0, n_window_ = 0;
   int sink_box_ = 0, window_box_ = 0, rank_ = 0, first_block_ = 0, phase_ = 0;
   int strided_lo_ = 0, strided_hi_ = 0;
-  const int32_t* entries_ = nullptr;
+  const int32_t *entries_ = nullptr, *below_ = nullptr;  // of a block mask
+  int n_below_ = 0;
 };
 
 }  // namespace longgen

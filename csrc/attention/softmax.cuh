@@ -26,21 +26,58 @@ __device__ __forceinline__ float fast_exp2(float x) {
 // Base 2 throughout: `scale_log2` is the softmax scale times log2(e), so that a weight is one
 // multiply-add and one exp2.
 //
-// The maximum that weights are relative to may lag behind the true one by a factor of up to 2^kLag:
-// rescaling the output then is rare. Weights stay below 2^kLag, which neither fp16 nor a sum in
-// fp32 minds, and the quotient is the same.
+// Weights are relative to a reference that need not be the maximum: any value is right that keeps
+// them inside the number formats. A row's first tile sets it (`refer`); later tiles are weighed on
+// the assumption that it still serves, which costs no maximum, no shuffle and no rescaling, and the
+// sum of the weights tells whether it did (`fits`). If not, the tile is done again with its
+// maximum.
 struct OnlineSoftmax {
-  static constexpr float kLag = 8.f;
-  float maximum[2] = {-INFINITY, -INFINITY};  // of the unscaled scores so far, or a little less
-  float sum[2] = {0.f, 0.f};                  // of this thread's columns
+  static constexpr float kLag = 8.f;                  // `refer` leaves references up to 2^8 too low
+  static constexpr float kLargestSum = 8192.f;        // that `fits`; fp16 ends at 65504
+  static constexpr float kNoReference = -1e30f;       // anything visible exceeds it
+  float reference[2] = {kNoReference, kNoReference};  // of scaled scores
+  float sum[2] = {0.f, 0.f};                          // of this thread's columns
 
-  // Turns scores into weights. Returns whether some row of the warp has a new maximum; `rescale` is
-  // then what earlier outputs are multiplied by.
+  // Turns scores into weights; `tile_sum` is their sum, not yet part of `sum`.
   template <int kSize>
-  __device__ __forceinline__ bool update(float (&s)[kSize], float scale_log2, float (&rescale)[2]) {
-    // Four partial results a row and both rows together: a single chain of dependent instructions
-    // would leave the warp, alone on its scheduler while the other warpgroup multiplies, waiting
-    // for itself.
+  __device__ __forceinline__ void weigh(float (&s)[kSize], float scale_log2,
+                                        float (&tile_sum)[2]) const {
+    constexpr int kLead = 8;  // a sum follows its exponentials at a distance: they answer late
+    float part[2][4];         // partial results: short chains of dependent instructions
+#pragma unroll
+    for (int i = 0; i < kSize + kLead; i += 4) {
+      if (i < kSize) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) s[i + e] = fast_exp2(s[i + e] * scale_log2 - reference[e / 2]);
+      }
+      const int done = i - kLead;
+      if (done < 0) continue;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const float pair = s[done + 2 * row] + s[done + 2 * row + 1];
+        part[row][done / 4 % 4] = done < 16 ? pair : part[row][done / 4 % 4] + pair;
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row)
+      tile_sum[row] = (part[row][0] + part[row][1]) + (part[row][2] + part[row][3]);
+  }
+
+  // Whether the weights of this sum were relative to a good reference; NaN was not.
+  __device__ __forceinline__ static bool fits(const float (&tile_sum)[2]) {
+    return tile_sum[0] <= kLargestSum && tile_sum[1] <= kLargestSum;
+  }
+
+  __device__ __forceinline__ void add(const float (&tile_sum)[2]) {
+    sum[0] += tile_sum[0];
+    sum[1] += tile_sum[1];
+  }
+
+  // Makes the scores' maximum the reference, unless that is at most 2^kLag below. Earlier outputs
+  // are to be multiplied by `rescale`.
+  template <int kSize>
+  __device__ __forceinline__ void refer(const float (&s)[kSize], float scale_log2,
+                                        float (&rescale)[2]) {
     float part[2][4];
 #pragma unroll
     for (int i = 0; i < kSize; i += 4) {
@@ -50,38 +87,15 @@ struct OnlineSoftmax {
         part[row][i / 4 % 4] = i < 16 ? larger : fmaxf(part[row][i / 4 % 4], larger);
       }
     }
-    bool grown = false;
-    float offset[2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const float tile_max =
-          quad_max(fmaxf(fmaxf(part[row][0], part[row][1]), fmaxf(part[row][2], part[row][3])));
-      const bool grows =
-          (tile_max - maximum[row]) * scale_log2 > kLag;  // -inf minus -inf is NaN: no
-      const float new_max = grows ? tile_max : maximum[row];
-      rescale[row] = grows ? fast_exp2((maximum[row] - new_max) * scale_log2) : 1.f;
-      maximum[row] = new_max;
-      // A row that has seen nothing keeps -inf; 0 in its place makes its weights exp2(-inf) = 0.
-      offset[row] = new_max == -INFINITY ? 0.f : new_max * scale_log2;
-      grown |= grows;
+      const float tile_max = scale_log2 * quad_max(fmaxf(fmaxf(part[row][0], part[row][1]),
+                                                         fmaxf(part[row][2], part[row][3])));
+      const float next = tile_max - reference[row] > kLag ? tile_max : reference[row];
+      rescale[row] = fast_exp2(reference[row] - next);
+      reference[row] = next;
+      sum[row] *= rescale[row];
     }
-#pragma unroll
-    for (int i = 0; i < kSize; i += 4) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        float& x = s[i + 2 * row];
-        float& y = s[i + 2 * row + 1];
-        x = fast_exp2(x * scale_log2 - offset[row]);
-        y = fast_exp2(y * scale_log2 - offset[row]);
-        part[row][i / 4 % 4] = i < 16 ? x + y : part[row][i / 4 % 4] + (x + y);
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < 2; ++row)
-      sum[row] =
-          sum[row] * rescale[row] + ((part[row][0] + part[row][1]) + (part[row][2] + part[row][3]));
-    grown = __any_sync(0xffffffff, grown);
-    return grown;
   }
 };
 

@@ -103,37 +103,64 @@ def _attn_bwd_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, mask_rows, mask_cols, *packing)
-    ctx.plain = pattern, scale, q_start, k_start, deterministic, backend
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """The operator on tensors that need gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _below_autograd("attn_fwd", keyset, args)
+        q, k, v, pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend = args
+        ctx.save_for_backward(q, k, v, out, lse, mask_rows, mask_cols, *packing)
+        ctx.plain = pattern, scale, q_start, k_start, deterministic, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, mask_rows, mask_cols, *packing = ctx.saved_tensors
+        pattern, scale, q_start, k_start, deterministic, backend = ctx.plain
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        if dout is not None or dlse is not None:
+            dout = torch.zeros_like(out) if dout is None else dout
+            grads = torch.ops.longgen_kernels.attn_bwd.default(
+                dout, dlse, out, lse, q, k, v,
+                pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend,
+            )  # fmt: skip
+        return (None, *grads, *(None,) * 12)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, mask_rows, mask_cols, *packing = ctx.saved_tensors
-    pattern, scale, q_start, k_start, deterministic, backend = ctx.plain
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if dout is not None or dlse is not None:
-        dout = torch.zeros_like(out) if dout is None else dout
-        grads = torch.ops.longgen_kernels.attn_bwd(
-            dout, dlse, out, lse, q, k, v,
-            pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend,
-        )  # fmt: skip
-    return (*grads, *(None,) * 12)
+class _AttentionGradient(torch.autograd.Function):
+    """The gradient on tensors that need gradients, which it cannot give."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = _below_autograd("attn_bwd", keyset, args)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError("longgen_kernels attention has no second derivative")
 
 
-def _no_double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("longgen_kernels attention has no second derivative")
+def _below_autograd(name: str, keyset: Any, args: tuple[Any, ...]) -> Any:
+    op = getattr(torch.ops.longgen_kernels, name).default
+    return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
-def _register(name: str, impl: Any, fake: Any, backward: Any, setup: Any) -> None:
+def _register(name: str, impl: Any, fake: Any, function: type[torch.autograd.Function]) -> None:
+    """Registers an operator's kernels. `torch.library.register_autograd` would do, but for an operator of 15 arguments
+    it takes 50 microseconds a call to look for defaults."""
+
+    def autograd(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return function.apply(keyset, *args)
+        return _below_autograd(name, keyset, args)
+
     for key in ("CPU", "CUDA"):
         lib.impl(name, impl, key)
     torch.library.register_fake(f"longgen_kernels::{name}", fake, lib=lib)
-    torch.library.register_autograd(f"longgen_kernels::{name}", backward, setup_context=setup, lib=lib)
+    lib.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-_register("attn_fwd", _attn_fwd, _attn_fwd_fake, _backward, _save_for_backward)
-_register("attn_bwd", _attn_bwd, _attn_bwd_fake, _no_double_backward, lambda ctx, inputs, output: None)
+_register("attn_fwd", _attn_fwd, _attn_fwd_fake, _Attention)
+_register("attn_bwd", _attn_bwd, _attn_bwd_fake, _AttentionGradient)

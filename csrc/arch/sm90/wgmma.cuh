@@ -54,6 +54,15 @@ template <int N, typename T>
 struct Wgmma;
 
 // The accumulators as the assembler names them, and as operands.
+#define LONGGEN_NAMES_64                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LONGGEN_OPERANDS_64                                                                       \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),    \
+      "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),  \
+      "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),  \
+      "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
 #define LONGGEN_NAMES_128                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
@@ -99,10 +108,14 @@ struct Wgmma;
                      "r"(static_cast<int>(accumulate)), "n"(kTransB ? 1 : 0));                 \
     }                                                                                          \
   }
+LONGGEN_WGMMA(64, __half, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38");
+LONGGEN_WGMMA(64, __nv_bfloat16, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38");
 LONGGEN_WGMMA(128, __half, "f16", "%64", "%65", "%66", "%67", "%68", "%69", "%70");
 LONGGEN_WGMMA(128, __nv_bfloat16, "bf16", "%64", "%65", "%66", "%67", "%68", "%69", "%70");
 
 #undef LONGGEN_WGMMA
+#undef LONGGEN_NAMES_64
+#undef LONGGEN_OPERANDS_64
 #undef LONGGEN_NAMES_128
 #undef LONGGEN_OPERANDS_128
 

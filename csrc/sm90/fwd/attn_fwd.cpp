@@ -13,20 +13,32 @@ namespace sm90 {
 template <typename T, int kHeadDim>
 void launch_attn_fwd(AttentionFwdParams params);
 
+extern template void launch_attn_fwd<__half, 64>(AttentionFwdParams);
 extern template void launch_attn_fwd<__half, 128>(AttentionFwdParams);
+extern template void launch_attn_fwd<__nv_bfloat16, 64>(AttentionFwdParams);
 extern template void launch_attn_fwd<__nv_bfloat16, 128>(AttentionFwdParams);
+
+template <typename T>
+void launch(const AttentionFwdParams& params) {
+  switch (params.head_dim) {
+    case 64:
+      return launch_attn_fwd<T, 64>(params);
+    case 128:
+      return launch_attn_fwd<T, 128>(params);
+    default:
+      throw std::invalid_argument("head_dim is " + std::to_string(params.head_dim) +
+                                  "; the kernel was built for 64 and 128");
+  }
+}
 
 }  // namespace sm90
 
 void attn_fwd_sm90(const AttentionFwdParams& params) {
-  if (params.head_dim != 128)
-    throw std::invalid_argument("head_dim is " + std::to_string(params.head_dim) +
-                                "; the kernel was built for 128");
   switch (params.dtype) {
     case DType::kFloat16:
-      return sm90::launch_attn_fwd<__half, 128>(params);
+      return sm90::launch<__half>(params);
     case DType::kBFloat16:
-      return sm90::launch_attn_fwd<__nv_bfloat16, 128>(params);
+      return sm90::launch<__nv_bfloat16>(params);
     default:
       throw std::invalid_argument("the kernel takes float16 and bfloat16");
   }

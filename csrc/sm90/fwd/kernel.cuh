@@ -14,21 +14,26 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
                     const __grid_constant__ CUtensorMap q_map,
                     const __grid_constant__ CUtensorMap k_map,
                     const __grid_constant__ CUtensorMap v_map) {
-  extern __shared__ uint8_t dynamic_shared[];
-  auto& shared = *reinterpret_cast<typename Traits::Shared*>(
-      (reinterpret_cast<uintptr_t>(dynamic_shared) + 1023) & ~static_cast<uintptr_t>(1023));
+  extern __shared__ __align__(1024) uint8_t dynamic_shared[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
   if (threadIdx.x == 0) {
     prefetch_descriptor(q_map);
     prefetch_descriptor(k_map);
     prefetch_descriptor(v_map);
     constexpr int kMathWarps = Traits::kMathWarpgroups * 4;
-    shared.q_full.init(1);
-    shared.q_empty.init(kMathWarps);
-    for (int stage = 0; stage < Traits::kStages; ++stage) {
+    for (int stage = 0; stage < 2; ++stage) {
+      shared.q_full[stage].init(1);
+      shared.q_empty[stage].init(kMathWarps);
+      for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup)
+        shared.redo[warpgroup][stage] = 0;
+    }
+    for (int stage = 0; stage < Traits::kKeyStages; ++stage) {
       shared.k_full[stage].init(1);
-      shared.v_full[stage].init(1);
       shared.k_empty[stage].init(kMathWarps);
+    }
+    for (int stage = 0; stage < Traits::kValueStages; ++stage) {
+      shared.v_full[stage].init(1);
       shared.v_empty[stage].init(kMathWarps);
     }
     fence_barrier_init();
@@ -40,6 +45,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (warp < 4) {
     give_registers<Traits::kProducerRegisters>();
     if (warp == 0) produce<Traits>(params, q_map, k_map, v_map, shared);
+    if (warp == 1) write_rows_that_see_nothing<Traits>(params);
   } else {
     take_registers<Traits::kMathRegisters>();
     MathWarpgroup<Traits>(params, shared, warp / 4 - 1).run();

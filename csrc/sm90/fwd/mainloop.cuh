@@ -9,6 +9,7 @@
 #include "arch/sm90/wgmma.cuh"
 #include "attention/key_boxes.cuh"
 #include "attention/softmax.cuh"
+#include "sm90/fwd/traits.cuh"
 #include "sm90/fwd/work.cuh"
 
 namespace longgen::sm90 {
@@ -46,100 +47,119 @@ class MathWarpgroup {
         boxes_per_tile_(Traits::kBlockN >> params.log2_box) {
     const int thread = threadIdx.x % 128;
     row_ = warpgroup * 64 + thread / 32 * 16 + lane_ / 4;
-    anchor_address_ = shared_address(shared.anchors + warpgroup * 128 + thread);
     q_address_ = shared_address(shared.q) + warpgroup * 64 * 128;
     if (warpgroup == Traits::kMathWarpgroups - 1) named_barrier_arrive(kTurnBarrier, 256);
   }
 
+  // One loop over the key tiles of all items: an item's first scores are issued with the last P V
+  // of the item before, so that the tensor cores do not idle between items.
   __device__ __forceinline__ void run() {
-    for (int round = 0; round * gridDim.x < params_.work_items; ++round) {
-      const int index = work_index(round, params_.work_items);
-      if (index < 0) continue;
-      const Work work = work_item<Traits::kBlockM>(params_, index);
-      if (!work.empty()) attend(work);
+    int flags = await_keys();
+    if (flags & TileInfo::kEnd) return;
+    int q_stage = await_item();
+    OnlineSoftmax softmax;
+    float s[kScores], o[kOutputs], rescale[2];
+    float tile_sum[2] = {0.f, 0.f};  // of the weights in p, until they are known to be good
+    uint32_t p[kScores / 2];
+    issue_scores(s, q_stage, keys_.stage);
+    wgmma_wait<0>();
+    pin(s);
+    if (flags & TileInfo::kMasked) mask(s, q_stage, keys_.stage);
+    softmax.refer(s, params_.scale_log2, rescale);
+    softmax.weigh(s, params_.scale_log2, tile_sum);
+    to_operand(p, s);
+
+    bool fresh = true;  // o holds nothing of this item yet
+    for (int slot = 0;; slot ^= 1) {
+      const int k_stage = keys_.stage;
+      keys_.advance();
+      const int next_flags = await_keys();
+      const bool end =
+          next_flags & TileInfo::kEnd;  // then there are no keys, and scores of nothing
+      const bool ends = flags & TileInfo::kLast;
+      const int next_q_stage = ends && !end ? await_item() : q_stage;
+      named_barrier_sync(kTurnBarrier + warpgroup_, 256);
+      issue_scores(s, next_q_stage, keys_.stage);
+      shared_.v_full[values_.stage].wait(values_.round);
+      if (redo_asked(slot)) {
+        wgmma_wait<0>();
+        pin(s);
+        issue_scores(s, q_stage, k_stage);
+        wgmma_wait<0>();
+        pin(s);
+        if (flags & TileInfo::kMasked) mask(s, q_stage, k_stage);
+        softmax.refer(s, params_.scale_log2, rescale);
+        softmax.weigh(s, params_.scale_log2, tile_sum);
+#pragma unroll
+        for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
+        to_operand(p, s);
+        redo_done(slot);
+        issue_scores(s, next_q_stage, keys_.stage);
+      }
+      softmax.add(tile_sum);
+      release(shared_.k_empty[k_stage]);
+      if (flags & TileInfo::kForeign) clear_foreign(values_.stage);
+      issue_output(o, p, !fresh);
+      named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
+      wgmma_wait<1>();
+      pin(s);
+      if (end) {
+        wgmma_wait<0>();
+        pin(o);
+        finish(q_stage, softmax, o);
+        return;
+      }
+      if (next_flags & TileInfo::kMasked) mask(s, next_q_stage, keys_.stage);
+      OnlineSoftmax following = softmax;
+      if (ends) {
+        following = OnlineSoftmax{};
+        following.refer(s, params_.scale_log2, rescale);
+      }
+      following.weigh(s, params_.scale_log2, tile_sum);
+      ask_for_redo(slot ^ 1, !OnlineSoftmax::fits(tile_sum));
+      wgmma_wait<0>();
+      pin(o);
+      release(shared_.v_empty[values_.stage]);
+      if (ends) {
+        finish(q_stage, softmax, o);
+        release(shared_.q_empty[q_stage]);
+      }
+      to_operand(p, s);
+      values_.advance();
+      softmax = following;
+      q_stage = next_q_stage;
+      flags = next_flags;
+      fresh = ends;
     }
   }
 
  private:
-  __device__ __forceinline__ void attend(const Work& work) {
-    const KeyBoxes boxes(params_.pattern, params_.log2_box, work.p_first(),
-                         work.p_last(Traits::kBlockM), work.k_start, work.k_start + work.k_len,
-                         work.head, params_.q_heads, work.head / params_.group);
-    const int tiles = (boxes.count() + boxes_per_tile_ - 1) / boxes_per_tile_;
-
-    OnlineSoftmax softmax;
-    float o[kOutputs];
-    if (tiles > 0) {
-      float s[kScores];
-      uint32_t p[kScores / 2];
-      float rescale[2];
-      shared_.q_full.wait(q_phase_);
-      q_phase_ ^= 1;
-
-      shared_.k_full[stage()].wait(phase());
-      issue_scores(s, stage());
-      wgmma_wait<0>();
-      pin(s);
-      release(shared_.k_empty[stage()]);
-      if (needs_mask(boxes, (tiles - 1) * boxes_per_tile_))
-        mask(s, boxes, (tiles - 1) * boxes_per_tile_, work);
-      softmax.update(s, params_.scale_log2, rescale);
-      to_operand(p, s);
-
-      bool first = true;
-      for (int tile = tiles - 2; tile >= 0; --tile) {
-        const int v_stage = stage();
-        const uint32_t v_phase = phase();
-        ++step_;
-        shared_.k_full[stage()].wait(phase());
-        named_barrier_sync(kTurnBarrier + warpgroup_, 256);
-        issue_scores(s, stage());
-        shared_.v_full[v_stage].wait(v_phase);
-        if (params_.cu_seqlens_k != nullptr)
-          clear_neighbours(boxes, (tile + 1) * boxes_per_tile_, v_stage, work);
-        issue_output(o, p, v_stage, !first);
-        named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
-        first = false;
-        const bool masked = needs_mask(boxes, tile * boxes_per_tile_);
-        wgmma_wait<1>();
-        pin(s);
-        release(shared_.k_empty[stage()]);
-        if (masked) mask(s, boxes, tile * boxes_per_tile_, work);
-        const bool grown = softmax.update(s, params_.scale_log2, rescale);
-        anchor(softmax);
-        wgmma_wait<0>();
-        pin(o);
-        release(shared_.v_empty[v_stage]);
-        to_operand(p, s);
-        if (grown) {
-#pragma unroll
-          for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
-        }
-      }
-      release(shared_.q_empty);
-      shared_.v_full[stage()].wait(phase());
-      if (params_.cu_seqlens_k != nullptr) clear_neighbours(boxes, 0, stage(), work);
-      issue_output(o, p, stage(), !first);
-      wgmma_wait<0>();
-      pin(o);
-      release(shared_.v_empty[stage()]);
-      ++step_;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] = 0.f;
-    }
-    finish(work, softmax, o);
+  __device__ __forceinline__ int await_keys() {
+    shared_.k_full[keys_.stage].wait(keys_.round);
+    // Known to the compiler as uniform: descriptors then are arithmetic in uniform registers.
+    return __shfl_sync(0xffffffff, shared_.tile[keys_.stage].flags, 0);
   }
 
-  __device__ __forceinline__ int stage() const { return step_ % Traits::kStages; }
-  __device__ __forceinline__ uint32_t phase() const { return step_ / Traits::kStages & 1; }
+  __device__ __forceinline__ int await_item() {
+    const int q_stage = items_ % 2;
+    shared_.q_full[q_stage].wait(items_ / 2 & 1);
+    ++items_;
+    return q_stage;
+  }
 
-  // Softmax is to run beside P V. The assembler sees no reason against waiting for P V first,
-  // except the order of memory accesses: so the end of softmax becomes one.
-  __device__ __forceinline__ void anchor(const OnlineSoftmax& softmax) {
-    asm volatile("st.shared.f32 [%0], %1;" ::"r"(anchor_address_),
-                 "f"(softmax.sum[0] + softmax.sum[1])
-                 : "memory");
+  // A warp whose weights got out of bounds tells the others, as a matrix product takes all four.
+  // They look after their next turn barrier; by then the first of them may be at the tile after,
+  // therefore two slots. This is also what keeps the assembler, which moves nothing across a store
+  // to shared memory, from waiting for P V before softmax instead of after.
+  __device__ __forceinline__ void ask_for_redo(int slot, bool mine) {
+    if (__any_sync(0xffffffff, mine)) shared_.redo[warpgroup_][slot] = 1;
+  }
+  __device__ __forceinline__ bool redo_asked(int slot) const {
+    return __shfl_sync(0xffffffff, *const_cast<volatile int*>(&shared_.redo[warpgroup_][slot]), 0);
+  }
+  __device__ __forceinline__ void redo_done(int slot) {
+    named_barrier_sync(kEpilogueBarrier + warpgroup_, 128);  // all have looked
+    if (threadIdx.x % 128 == 0) shared_.redo[warpgroup_][slot] = 0;
   }
 
   // One arrival a warp: a warp's own wgmma_wait says nothing about its neighbours.
@@ -148,8 +168,8 @@ class MathWarpgroup {
   }
 
   // S = Q K^T of this warpgroup's rows.
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], int k_stage) {
-    const uint64_t q = operand(q_address_);
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], int q_stage, int k_stage) {
+    const uint64_t q = operand(q_address_ + q_stage * Traits::kTileBytes);
     const uint64_t keys = operand(shared_address(shared_.k[k_stage]));
     wgmma_fence();
 #pragma unroll
@@ -163,9 +183,8 @@ class MathWarpgroup {
 
   // O += P V; V is N-major: 16 keys are two groups of 8 rows of 128 bytes.
   __device__ __forceinline__ void issue_output(float (&o)[kOutputs],
-                                               const uint32_t (&p)[kScores / 2], int v_stage,
-                                               bool accumulate) {
-    const uint64_t values = operand(shared_address(shared_.v[v_stage]), Traits::kPanelBytes);
+                                               const uint32_t (&p)[kScores / 2], bool accumulate) {
+    const uint64_t values = operand(shared_address(shared_.v[values_.stage]), Traits::kPanelBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kBlockN / 16; ++k) {
@@ -178,25 +197,20 @@ class MathWarpgroup {
 
   // In a packed batch a tile may reach into the next sequence, or into rows of none. Their weights
   // are 0, but 0 times NaN is NaN: their values become 0. Both warpgroups write the same zeros.
-  __device__ __forceinline__ void clear_neighbours(const KeyBoxes& boxes, int first_box,
-                                                   int v_stage, const Work& work) {
-    bool wrote = false;
+  __device__ __forceinline__ void clear_foreign(int v_stage) {
+    const int box_rows = 1 << params_.log2_box;
     const int thread = threadIdx.x % 128;
     for (int b = 0; b < boxes_per_tile_; ++b) {
-      const int box_rows = 1 << params_.log2_box;
-      const int row0 = boxes[first_box + b].position - work.k_start;  // in the sequence
-      if (row0 >= 0 && row0 + box_rows <= work.k_len) continue;
-      wrote = true;
-      for (int chunk = thread; chunk < box_rows * Traits::kPanels * 8;
-           chunk += 128) {  // of 16 bytes
+      const int lo = shared_.own_rows[v_stage][b].lo, hi = shared_.own_rows[v_stage][b].hi;
+      if (lo <= 0 && hi >= box_rows) continue;
+      for (int chunk = thread; chunk < box_rows * Traits::kPanels * 8; chunk += 128) {
         const int row = chunk / 8 % box_rows;
-        if (row0 + row >= 0 && row0 + row < work.k_len) continue;
+        if (row >= lo && row < hi) continue;
         T* panel = shared_.v[v_stage] + chunk / (8 * box_rows) * Traits::kPanelElements;
-        // The swizzle permutes chunks within a row only.
+        // The swizzle permutes 16-byte chunks within a row only.
         reinterpret_cast<uint4*>(panel + (b * box_rows + row) * 64)[chunk % 8] = uint4{0, 0, 0, 0};
       }
     }
-    if (!wrote) return;
     fence_async_proxy();
     named_barrier_sync(kEpilogueBarrier + warpgroup_, 128);
   }
@@ -207,59 +221,80 @@ class MathWarpgroup {
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  __device__ __forceinline__ bool needs_mask(const KeyBoxes& boxes, int first_box) const {
-    bool any = false;
-    for (int b = 0; b < boxes_per_tile_; ++b) any |= boxes[first_box + b].masked;
-    return any;
+  // First position that the window shows to the query at p.
+  __device__ __forceinline__ int window_lo(int p) const {
+    const PatternParams& pattern = params_.pattern;
+    if (pattern.window_kind == Window::kTokens) return p + 1 - pattern.window;
+    if (pattern.window_kind == Window::kBlocks)
+      return ((p >> pattern.log2_block) + 1 - pattern.window) << pattern.log2_block;
+    return 0;
   }
 
-  // Hides what is not visible in the tile that begins at box `first_box`. In a row the visible keys
-  // of a box are an interval, and before it those of the sink.
-  __device__ __forceinline__ void mask(float (&s)[kScores], const KeyBoxes& boxes, int first_box,
-                                       const Work& work) {
-    const PatternParams& pattern = params_.pattern;
-    const int p0 = work.p_tile + row_;
-    const int window_lo[2] = {boxes.window_lo(p0), boxes.window_lo(p0 + 8)};
-    const int causal_hi[2] = {pattern.causal ? p0 : kNowhere - 1,
-                              pattern.causal ? p0 + 8 : kNowhere - 1};
+  // Hides what is not visible in the tile at hand.
+  __device__ __forceinline__ void mask(float (&s)[kScores], int q_stage, int k_stage) {
+    const TileInfo& tile = shared_.tile[k_stage];
+    const int p0 = shared_.item[q_stage].p_tile + row_;
 #pragma unroll
-    for (int group = 0; group < Traits::kBlockN / 16;
-         ++group) {  // 16 keys never straddle a box or a block
-      const Box box = boxes[first_box + (group * 16 >> params_.log2_box)];
-      const int group_position = box.position + (group * 16 & ((1 << params_.log2_box) - 1));
-      const int j0 = group_position + lane_ % 4 * 2;
-      const bool strided = boxes.is_strided(group_position);
-      const int sink = pattern.sink - j0;
+    for (int half = 0; half < 2; ++half) {
+      const int p = p0 + 8 * half;
+      const int first_seen = window_lo(p);
+      const int last_seen = params_.pattern.causal ? p : kNowhere;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int near = strided ? -kNowhere : window_lo[half] - j0;
-        const int lo = box.lo - j0;
-        const int hi = min(box.hi - 1, causal_hi[half]) - j0;
+      for (int word = 0; word < Traits::kBlockN / 32; ++word) {
+        uint32_t seen;
+        if (params_.log2_box >= 5) {
+          const int key = word * 32;
+          seen = visible_bits(tile.box[key >> params_.log2_box],
+                              key & ((1 << params_.log2_box) - 1), first_seen, last_seen);
+        } else {
+          seen = (visible_bits(tile.box[2 * word], 0, first_seen, last_seen) & 0xffff) |
+                 visible_bits(tile.box[2 * word + 1], 0, first_seen, last_seen) << 16;
+        }
+        seen >>= lane_ % 4 * 2;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int c = e / 2 * 8 + e % 2;
-          const bool seen = (c <= hi) & (c >= lo) & ((c >= near) | (c < sink));
-          float& score = s[group * 8 + e / 2 * 4 + half * 2 + e % 2];
-          score = seen ? score : -INFINITY;
+        for (int e = 0; e < 8; ++e) {
+          float& score = s[word * 16 + e / 2 * 4 + half * 2 + e % 2];
+          score = seen >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
         }
       }
     }
   }
 
+  // Which of the 32 keys from `offset` in the box a row sees, as bits: those in the box's interval
+  // up to the query, of the window, of a strided block or of the sink.
+  __device__ __forceinline__ uint32_t visible_bits(const TileInfo::KeyBox& box, int offset,
+                                                   int first_seen, int last_seen) const {
+    if (box.bits & 2 << warpgroup_) return 0;
+    const int j = box.position + offset;
+    const uint32_t window = box.bits & 1 ? ~0u : ~bits_below(first_seen - j);
+    return bits_below(min(box.hi - 1, last_seen) + 1 - j) & ~bits_below(box.lo - j) &
+           (window | bits_below(params_.pattern.sink - j));
+  }
+
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.
-  __device__ __forceinline__ void finish(const Work& work, OnlineSoftmax& softmax,
+  __device__ __forceinline__ void finish(int q_stage, OnlineSoftmax& softmax,
                                          float (&o)[kOutputs]) {
+    const ItemInfo work = shared_.item[q_stage];
+    // Opaque to the compiler, which would otherwise compute every address of this function before
+    // the main loop and keep them all.
+    int first_row = row_, thread = threadIdx.x % 128;
+    asm volatile("" : "+r"(first_row), "+r"(thread));
     constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes in a row
-    uint32_t* staged = reinterpret_cast<uint32_t*>(shared_.out);
+    // Staged where this warpgroup's rows of Q were.
+    const auto staged = [&](int row, int chunk) {
+      return reinterpret_cast<uint4*>(shared_.q[q_stage] + chunk / 8 * Traits::kPanelElements +
+                                      row * 64) +
+             (chunk % 8 ^ row % 8);  // so that the rows of a warp fall into different banks
+    };
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(softmax.sum[half]);
       const bool seen = sum != 0.f;  // NaN is not 0: it stays NaN
       const float scale = seen ? 1.f / sum : 0.f;
-      const int row = row_ + 8 * half;
+      const int row = first_row + 8 * half;
       const int q_row = work.p_tile + row - work.q_start;
       if (lane_ % 4 == 0 && q_row >= 0 && q_row < work.q_len) {
-        const float lse = softmax.maximum[half] * params_.scale_log2 + log2f(sum);
+        const float lse = softmax.reference[half] + log2f(sum);
         params_.lse[(static_cast<int64_t>(work.batch) * params_.q_heads + work.head) *
                         params_.seqlen_q +
                     work.q_row0 + q_row] = seen ? lse * 0.6931471805599453f : -INFINITY;
@@ -268,12 +303,10 @@ class MathWarpgroup {
       for (int chunk = 0; chunk < kChunks; ++chunk) {
         const int i = 4 * chunk + 2 * half;
         const uint32_t pair = seen ? pack<T>(o[i] * scale, o[i + 1] * scale) : 0u;
-        // Rotated by row, so that the rows of a warp fall into different banks.
-        staged[(row * kChunks + (chunk ^ (row % 8))) * 4 + lane_ % 4] = pair;
+        reinterpret_cast<uint32_t*>(staged(row, chunk))[lane_ % 4] = pair;
       }
     }
     named_barrier_sync(kEpilogueBarrier + warpgroup_, 128);
-    const int thread = threadIdx.x % 128;
     const int64_t row_stride = static_cast<int64_t>(params_.q_heads) * Traits::kHeadDim;
     T* out = static_cast<T*>(params_.out) + work.head * Traits::kHeadDim +
              (static_cast<int64_t>(work.batch) * params_.seqlen_q + work.q_row0) * row_stride;
@@ -282,13 +315,11 @@ class MathWarpgroup {
       const int row = warpgroup_ * 64 + (i * 128 + thread) / kChunks;
       const int chunk = (i * 128 + thread) % kChunks;
       const int q_row = work.p_tile + row - work.q_start;
-      const uint4 value =
-          reinterpret_cast<const uint4*>(staged)[row * kChunks + (chunk ^ (row % 8))];
+      const uint4 value = *staged(row, chunk);
       if (q_row >= 0 && q_row < work.q_len)
         *reinterpret_cast<uint4*>(out + q_row * row_stride + chunk * 8) = value;
     }
-    named_barrier_sync(kEpilogueBarrier + warpgroup_,
-                       128);  // before the next tile's rows are staged
+    fence_async_proxy();  // the copy engine writes there next
   }
 
   const AttentionFwdParams& params_;
@@ -297,9 +328,10 @@ class MathWarpgroup {
   const int lane_;
   const int boxes_per_tile_;
   int row_;  // first of this thread's two rows in the tile
-  uint32_t q_address_, anchor_address_;
-  uint32_t step_ = 0;  // of the K and V pipelines
-  uint32_t q_phase_ = 0;
+  uint32_t q_address_;
+  Ring<Traits::kKeyStages> keys_;
+  Ring<Traits::kValueStages> values_;
+  uint32_t items_ = 0;  // with keys, so far
 };
 
 }  // namespace longgen::sm90

@@ -1,11 +1,62 @@
-// The producer warp: keeps the tiles of Q, K and V coming.
+// The producer warpgroup. One warp keeps the tiles of Q, K and V coming and says what they are; one
+// writes the rows that see nothing, which have no tiles.
 #pragma once
 
 #include "arch/sm90/tma.cuh"
 #include "attention/key_boxes.cuh"
+#include "sm90/fwd/traits.cuh"
 #include "sm90/fwd/work.cuh"
 
 namespace longgen::sm90 {
+
+// Calls visit(work, boxes) for this block's work items, in order.
+template <typename Traits, typename Visit>
+__device__ __forceinline__ void for_each_item(const AttentionFwdParams& params, Visit visit) {
+  for (int round = 0; round * gridDim.x < params.work_items; ++round) {
+    const int index = work_index(round, params.work_items);
+    if (index < 0) continue;
+    const Work work = work_item<Traits::kBlockM>(params, index);
+    if (work.empty()) continue;
+    const KeyBoxes boxes(params.pattern, params.log2_box, work.p_first(),
+                         work.p_last(Traits::kBlockM), work.k_start, work.k_start + work.k_len,
+                         work.head, params.q_heads, work.head / params.group);
+    visit(work, boxes);
+  }
+}
+
+// The tiles of an item, in the order in which they are visited.
+class Tiles {
+ public:
+  __device__ __forceinline__ Tiles(const KeyBoxes& boxes, int boxes_per_tile)
+      : boxes_(boxes),
+        boxes_per_tile_(boxes_per_tile),
+        count_((boxes.count() + boxes_per_tile - 1) / boxes_per_tile) {}
+
+  // Box `mine` of the next tile. The first keys come first, then the others from the diagonal
+  // leftwards: where there is an attention sink it has the largest scores, and a row's first tile
+  // sets what its weights are relative to.
+  __device__ __forceinline__ Box next(int mine) {
+    if (boxes_.two_rows()) {
+      Box box;
+      for (int b = 0; b < boxes_per_tile_; ++b) {
+        const Box other = boxes_.merged(taken_);
+        if (b == mine) box = other;
+      }
+      return box;
+    }
+    const int tile = visited_ == 0 ? 0 : count_ - visited_;
+    ++visited_;
+    return boxes_[tile * boxes_per_tile_ + mine];
+  }
+  __device__ __forceinline__ bool done() const {
+    return boxes_.two_rows() ? boxes_.all_taken(taken_) : visited_ == count_;
+  }
+
+ private:
+  const KeyBoxes& boxes_;
+  int boxes_per_tile_, count_;
+  int visited_ = 0, taken_[2] = {0, 0};
+};
 
 template <typename Traits>
 __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_map,
@@ -13,51 +64,113 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
                         typename Traits::Shared& shared) {
   const int lane = threadIdx.x % 32;
   const int boxes_per_tile = Traits::kBlockN >> params.log2_box;
-  const int box_elements = 64 << params.log2_box;
+  const int box_rows = 1 << params.log2_box;
   // Lane l copies panel l / boxes_per_tile of box l % boxes_per_tile.
   const int my_box = lane % boxes_per_tile;
   const int my_panel = lane / boxes_per_tile;
   const bool copies = lane < boxes_per_tile * Traits::kPanels;
-  const int my_offset = my_panel * Traits::kPanelElements + my_box * box_elements;
+  const int my_offset = my_panel * Traits::kPanelElements + my_box * box_rows * 64;
 
-  uint32_t step = 0;  // of the K and V pipelines
-  uint32_t q_phase = 0;
-  for (int round = 0; round * gridDim.x < params.work_items; ++round) {
-    const int index = work_index(round, params.work_items);
-    if (index < 0) continue;
-    const Work work = work_item<Traits::kBlockM>(params, index);
-    if (work.empty()) continue;
+  Ring<Traits::kKeyStages> keys;
+  Ring<Traits::kValueStages> values;
+  uint32_t items = 0;  // whose Q was copied
+  // A tile's V is copied after the K of the next one, as they are needed in this order.
+  struct {
+    int row, own_lo, own_hi, kv_head, batch;
+    bool any, foreign;
+  } owed;
+  owed.any = false;
+  const auto copy_owed_values = [&] {
+    if (!owed.any) return;
+    const int stage = values.stage;
+    shared.v_empty[stage].wait(values.round ^ 1);
+    if (owed.foreign && lane < boxes_per_tile)
+      shared.own_rows[stage][lane] = {owed.own_lo, owed.own_hi};
+    __syncwarp();
+    if (lane == 0) shared.v_full[stage].arrive_and_expect(Traits::kTileBytes);
+    if (copies)
+      copy_box(v_map, shared.v_full[stage], shared.v[stage] + my_offset, my_panel * 64, owed.row,
+               owed.kv_head, owed.batch);
+    values.advance();
+  };
+
+  for_each_item<Traits>(params, [&](const Work& work, const KeyBoxes& boxes) {
+    if (boxes.empty()) return;
     const int kv_head = work.head / params.group;
-    const KeyBoxes boxes(params.pattern, params.log2_box, work.p_first(),
-                         work.p_last(Traits::kBlockM), work.k_start, work.k_start + work.k_len,
-                         work.head, params.q_heads, kv_head);
-    const int tiles = (boxes.count() + boxes_per_tile - 1) / boxes_per_tile;
-    if (tiles == 0) continue;
-
-    shared.q_empty.wait(q_phase ^ 1);
-    if (lane == 0) shared.q_full.arrive_and_expect(Traits::kTileBytes);
-    if (lane < Traits::kPanels)
-      copy_box(q_map, shared.q_full, shared.q + lane * Traits::kPanelElements, lane * 64,
-               work.q_row0 + work.p_tile - work.q_start, work.head, work.batch);
-    q_phase ^= 1;
-
-    // From the diagonal leftwards, as the math warpgroups go.
-    for (int tile = tiles - 1; tile >= 0; --tile, ++step) {
-      const int stage = step % Traits::kStages;
-      const uint32_t free = (step / Traits::kStages & 1) ^ 1;
-      const int row = boxes[tile * boxes_per_tile + my_box].position - work.k_start + work.k_row0;
-      shared.k_empty[stage].wait(free);
-      if (lane == 0) shared.k_full[stage].arrive_and_expect(Traits::kTileBytes);
-      if (copies)
-        copy_box(k_map, shared.k_full[stage], shared.k[stage] + my_offset, my_panel * 64, row,
-                 kv_head, work.batch);
-      shared.v_empty[stage].wait(free);
-      if (lane == 0) shared.v_full[stage].arrive_and_expect(Traits::kTileBytes);
-      if (copies)
-        copy_box(v_map, shared.v_full[stage], shared.v[stage] + my_offset, my_panel * 64, row,
-                 kv_head, work.batch);
+    const int q_stage = items % 2;
+    shared.q_empty[q_stage].wait((items / 2 & 1) ^ 1);
+    if (lane == 0) {
+      shared.item[q_stage] = {work.head,  work.batch,   work.q_row0,
+                              work.q_len, work.q_start, work.p_tile};
+      shared.q_full[q_stage].arrive_and_expect(Traits::kTileBytes);
     }
+    if (lane < Traits::kPanels)
+      copy_box(q_map, shared.q_full[q_stage], shared.q[q_stage] + lane * Traits::kPanelElements,
+               lane * 64, work.q_row0 + work.p_tile - work.q_start, work.head, work.batch);
+    ++items;
+
+    Tiles tiles(boxes, boxes_per_tile);
+    do {
+      const Box box = tiles.next(my_box);
+      const int row = box.position - work.k_start;
+      const bool masked = __any_sync(0xffffffff, box.masked);
+      const bool foreign = params.cu_seqlens_k != nullptr &&
+                           __any_sync(0xffffffff, row < 0 || row + box_rows > work.k_len);
+      const int stage = keys.stage;
+      shared.k_empty[stage].wait(keys.round ^ 1);
+      if (lane < boxes_per_tile)
+        shared.tile[stage].box[lane] = {box.position, box.lo, box.hi,
+                                        boxes.is_strided(box.position) | box.hidden << 1};
+      __syncwarp();
+      if (lane == 0) {
+        shared.tile[stage].flags = (masked ? TileInfo::kMasked : 0) |
+                                   (tiles.done() ? TileInfo::kLast : 0) |
+                                   (foreign ? TileInfo::kForeign : 0);
+        shared.k_full[stage].arrive_and_expect(Traits::kTileBytes);
+      }
+      if (copies)
+        copy_box(k_map, shared.k_full[stage], shared.k[stage] + my_offset, my_panel * 64,
+                 row + work.k_row0, kv_head, work.batch);
+      keys.advance();
+
+      copy_owed_values();
+      owed = {row + work.k_row0,
+              max(-row, 0),
+              min(work.k_len - row, box_rows),
+              kv_head,
+              work.batch,
+              true,
+              foreign};
+    } while (!tiles.done());
+  });
+  shared.k_empty[keys.stage].wait(keys.round ^ 1);
+  if (lane == 0) {
+    shared.tile[keys.stage].flags = TileInfo::kEnd;
+    shared.k_full[keys.stage].arrive();
   }
+  copy_owed_values();
+}
+
+// Output 0 and LSE -inf for the rows of items without keys.
+template <typename Traits>
+__device__ void write_rows_that_see_nothing(const AttentionFwdParams& params) {
+  using T = typename Traits::T;
+  const int lane = threadIdx.x % 32;
+  for_each_item<Traits>(params, [&](const Work& work, const KeyBoxes& boxes) {
+    if (!boxes.empty()) return;
+    const int64_t row_stride = static_cast<int64_t>(params.q_heads) * Traits::kHeadDim;
+    for (int p = work.p_first(); p <= work.p_last(Traits::kBlockM); ++p) {
+      const int row = work.q_row0 + p - work.q_start;
+      T* out = static_cast<T*>(params.out) + work.head * Traits::kHeadDim +
+               (static_cast<int64_t>(work.batch) * params.seqlen_q + row) * row_stride;
+      for (int chunk = lane; chunk < Traits::kHeadDim / 8; chunk += 32)
+        reinterpret_cast<uint4*>(out)[chunk] = uint4{0, 0, 0, 0};
+      if (lane == 0)
+        params
+            .lse[(static_cast<int64_t>(work.batch) * params.q_heads + work.head) * params.seqlen_q +
+                 row] = -INFINITY;
+    }
+  });
 }
 
 }  // namespace longgen::sm90

@@ -7,19 +7,57 @@
 
 namespace longgen::sm90 {
 
+// What the producer tells the math warpgroups about a work item, beside its Q.
+struct ItemInfo {
+  int head, batch;
+  int q_row0, q_len, q_start;
+  int p_tile;  // position of the tile's first row
+};
+
+// And about a key tile, beside its K and, as K's is overwritten earlier, beside its V.
+struct TileInfo {
+  static constexpr int kMasked = 1;   // some pair is not visible
+  static constexpr int kLast = 2;     // of its item
+  static constexpr int kForeign = 4;  // rows of other sequences are in it
+  static constexpr int kEnd = 8;      // no tile: there is no more work
+  static constexpr int kMaxBoxes = 8;
+  struct alignas(16) KeyBox {
+    int position, lo, hi;  // of the first key; the positions that may be visible
+    int bits;              // 0: a strided block holds it; 1 + w: hidden from warpgroup w's rows
+  } box[kMaxBoxes];
+  int flags;
+};
+struct OwnRows {
+  int lo, hi;
+};
+
+// Position in a ring of stages, and the parity of its round.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t round = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
 template <typename T_, int kHeadDim_>
 struct FwdTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 128;  // two math warpgroups of 64 query rows
   static constexpr int kBlockN = 128;
-  static constexpr int kStages = 2;  // of K and of V each
+  // A tile of K is held until the weights of its scores are known to be good, which is long.
+  static constexpr int kKeyStages = 3, kValueStages = 2;
   static constexpr int kMathWarpgroups = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
   // Budget: 65536 registers / 128 threads = 512 for three warpgroups. A math thread holds 64 of
   // scores, kHeadDim / 2 of output, 32 of probabilities.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kMathRegisters = 240;
+  static constexpr int kProducerRegisters = 48;
+  static constexpr int kMathRegisters = 232;
   // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kPanelElements = kBlockN * 64;
@@ -31,17 +69,18 @@ struct FwdTraits {
 
   struct Shared {
     // Swizzled tiles repeat every 1024 bytes.
-    alignas(1024) T q[kBlockM * kHeadDim];
-    alignas(1024) T k[kStages][kBlockN * kHeadDim];
-    alignas(1024) T v[kStages][kBlockN * kHeadDim];
-    alignas(16) T out[kBlockM * kHeadDim];
-    float anchors[kMathWarpgroups * 128];  // written, never read: see MathWarpgroup::anchor
-    Mbarrier q_full, q_empty;
-    Mbarrier k_full[kStages], k_empty[kStages];
-    Mbarrier v_full[kStages], v_empty[kStages];
+    alignas(1024) T q[2][kBlockM * kHeadDim];  // of this item and the next; later its output
+    alignas(1024) T k[kKeyStages][kBlockN * kHeadDim];
+    alignas(1024) T v[kValueStages][kBlockN * kHeadDim];
+    ItemInfo item[2];
+    TileInfo tile[kKeyStages];
+    OwnRows own_rows[kValueStages][TileInfo::kMaxBoxes];
+    int redo[kMathWarpgroups][2];  // see MathWarpgroup::ask_for_redo
+    Mbarrier q_full[2], q_empty[2];
+    Mbarrier k_full[kKeyStages], k_empty[kKeyStages];
+    Mbarrier v_full[kValueStages], v_empty[kValueStages];
   };
-  static constexpr int kSharedBytes =
-      sizeof(Shared) + 1024;  // dynamic shared memory is aligned to 16 bytes only
+  static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a block can have");
 };
 

@@ -19,6 +19,10 @@ struct Work {
   }
 };
 
+// At most so many items, and tiles of a head, are left for the end; see work_item.
+constexpr int kLastItems = 1024;
+constexpr int kLastTiles = 32;
+
 // The item of a block in round `round` of the grid, or -1. Every other round goes backwards, so
 // that a block that got a longer tile than its neighbours gets a shorter one next and all stay near
 // one head.
@@ -27,15 +31,27 @@ __device__ __forceinline__ int work_index(int round, int items) {
   return index < items ? index : -1;
 }
 
-// Item `index` of the grid's list: query tiles fastest and, as the last ones of a causal pattern
-// are its longest, in descending order; so that blocks at work share the keys of one head in L2.
+// Item `index` of the grid's list. Head by head, query tiles in descending order: blocks at work
+// share the keys of one head in L2, and the last tiles of a causal pattern are its longest. The
+// first few tiles of all heads come at the end, in descending order together: a causal pattern's
+// short ones, which even out what each block has got.
 template <int kBlockM>
 __device__ __forceinline__ Work work_item(const AttentionFwdParams& params, int index) {
   Work work;
-  const int slot = params.q_tiles - 1 - index % params.q_tiles;
-  index /= params.q_tiles;
-  work.head = index % params.q_heads;
-  work.batch = index / params.q_heads;
+  const int heads = params.work_items / params.q_tiles;  // of all sequences
+  const int last_tiles = min(params.q_tiles, min(max(kLastItems / heads, 1), kLastTiles));
+  const int tiles_first = params.q_tiles - last_tiles;
+  int slot, head;
+  if (index < heads * tiles_first) {
+    slot = params.q_tiles - 1 - index % tiles_first;
+    head = index / tiles_first;
+  } else {
+    index -= heads * tiles_first;
+    slot = last_tiles - 1 - index / heads;
+    head = index % heads;
+  }
+  work.head = head % params.q_heads;
+  work.batch = head / params.q_heads;
   int tile = slot;
   if (params.cu_seqlens_q == nullptr) {
     work.q_row0 = work.k_row0 = 0;

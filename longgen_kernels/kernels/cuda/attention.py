@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,33 +10,42 @@ from torch import Tensor
 
 from longgen_kernels.kernels.cuda.extension import available, runs_on
 from longgen_kernels.kernels.problem import AttentionProblem
-from longgen_kernels.patterns import BlockMask
+from longgen_kernels.patterns import AttentionPattern, BlockMask
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_TILE = 128  # query rows and key columns of the kernel's tiles
+_HEAD_DIMS = (64, 128)
+_SMALLEST_MASK_BLOCK = 64  # a tile of 128 queries has at most two rows of a mask in it
+_SMALLEST_BOX = 16  # keys that are copied at once; a tile is made of boxes from different places
 
 
-def attention_unsupported(problem: AttentionProblem) -> str | None:
-    """None if the Hopper forward kernel runs the problem, otherwise the reason."""
-    q, pattern = problem.q, problem.pattern
-    reason = available(q.device)
+@functools.cache
+def _not_on(device: torch.device) -> str | None:
+    reason = available(device)
     if reason is not None:
         return reason
     from longgen_kernels import _C
 
     built = [arch for arch in _C.build_info()["cuda_archs"].split(",") if arch == "90a"]
-    capability = torch.cuda.get_device_capability(q.device)
+    capability = torch.cuda.get_device_capability(device)
     if not runs_on(built, capability):
         return f"has attention for Hopper (90a) only; this build and GPU ({capability[0]}.{capability[1]}) do not meet"
+    return None
+
+
+def attention_unsupported(problem: AttentionProblem) -> str | None:
+    """None if the Hopper forward kernel runs the problem, otherwise the reason."""
+    q, pattern = problem.q, problem.pattern
+    reason = _not_on(q.device)
+    if reason is not None:
+        return reason
     if q.dtype not in _DTYPE_NAMES:
         return f"takes float16 and bfloat16, got {q.dtype}"
-    if problem.head_dim != 128:
-        return f"takes head_dim 128, got {problem.head_dim}"
-    block_size = pattern.block_size or _TILE
-    if isinstance(pattern, BlockMask) and block_size < _TILE:
-        return f"takes block masks of at least {_TILE}-token blocks, got {block_size}"
-    if block_size < _TILE:
-        return f"is slower than Triton's kernel for blocks of less than {_TILE} tokens, got {block_size}"
+    if problem.head_dim not in _HEAD_DIMS:
+        return f"takes head_dim 64 and 128, got {problem.head_dim}"
+    if isinstance(pattern, BlockMask) and pattern.block_size < _SMALLEST_MASK_BLOCK:
+        return f"takes block masks of at least {_SMALLEST_MASK_BLOCK}-token blocks, got {pattern.block_size}"
+    if isinstance(pattern, AttentionPattern) and pattern.stride and (pattern.block_size or 1) < _SMALLEST_BOX:
+        return f"takes strided blocks of at least {_SMALLEST_BOX} tokens, got {pattern.block_size}"
     for name, x in (("q", q), ("k", problem.k), ("v", problem.v)):
         strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
         if x.data_ptr() % 16 != 0 or any(s <= 0 or s % 8 != 0 for s in strides):
