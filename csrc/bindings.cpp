@@ -102,7 +102,8 @@ PYBIND11_MODULE(_C, m) {
          float softmax_scale, Address q, const Strides& q_strides, Address k,
          const Strides& k_strides, Address v, const Strides& v_strides, Address out, Address lse,
          int q_start, int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
-         Address k_starts, Address stream) {
+         Address k_starts, Address block_table, int pages, int page_size, int table_pages,
+         Address stream) {
         AttentionFwdParams params{};
         params.pattern = parse_pattern(pattern, mask_rows);
         params.batch = batch;
@@ -127,6 +128,10 @@ PYBIND11_MODULE(_C, m) {
         params.cu_seqlens_k = as_ints(cu_seqlens_k);
         params.q_starts = as_ints(q_starts);
         params.k_starts = as_ints(k_starts);
+        params.block_table = as_ints(block_table);
+        params.pages = pages;
+        params.page_size = page_size;
+        params.table_pages = table_pages;
         params.stream = as_stream(stream);
         py::gil_scoped_release release;
         attn_fwd_sm90(params);
@@ -134,7 +139,8 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), "pattern"_a, "mask_rows"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a,
       "kv_heads"_a, "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "k"_a,
       "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "lse"_a, "q_start"_a, "k_start"_a,
-      "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a, "stream"_a);
+      "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a, "block_table"_a, "pages"_a,
+      "page_size"_a, "table_pages"_a, "stream"_a);
 #endif
 
   m.def(

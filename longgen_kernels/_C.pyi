@@ -80,5 +80,9 @@ def attn_fwd_sm90(
     cu_seqlens_k: int,
     q_starts: int,
     k_starts: int,
+    block_table: int,
+    pages: int,
+    page_size: int,
+    table_pages: int,
     stream: int,
 ) -> None: ...

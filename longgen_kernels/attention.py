@@ -11,6 +11,7 @@ from longgen_kernels import dispatch
 from longgen_kernels.kernels.problem import (
     AttentionProblem,
     check_cu_seqlens,
+    check_pages,
     check_pattern,
     check_qkv,
     checked_scale,
@@ -120,6 +121,7 @@ def longgen_attn_varlen_func(
     backend: str = "auto",
     q_start: Tensor | None = None,
     k_start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor: ...
 @overload
 def longgen_attn_varlen_func(
@@ -138,6 +140,7 @@ def longgen_attn_varlen_func(
     backend: str = "auto",
     q_start: Tensor | None = None,
     k_start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 def longgen_attn_varlen_func(
     q: Tensor,
@@ -155,6 +158,7 @@ def longgen_attn_varlen_func(
     backend: str = "auto",
     q_start: Tensor | None = None,
     k_start: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`longgen_attn_func` over a packed batch of sequences of different lengths.
 
@@ -167,6 +171,11 @@ def longgen_attn_varlen_func(
             `cu_seqlens`; the bounds only serve to check a block mask's extent.
         q_start, k_start: int32 (batch,) positions of each sequence's first query and key row; by default keys start
             at 0 and queries are aligned to the end of the keys.
+        block_table: int32 (batch, table_pages), for keys in pages as serving engines keep them: k and v then are
+            (pages, page_size, kv_heads, head_dim), and key `r` of sequence `b` is row `r % page_size` of page
+            `block_table[b, r // page_size]`. `cu_seqlens_k` says how many keys there are; entries of pages behind them
+            are not read. No gradient, no `k_start`. The Hopper kernel reads pages of 16 tokens and more, a power of
+            two, in place; other backends copy them into a packed batch first.
 
     The other arguments, the errors and the source are those of `longgen_attn_func`; the LSE is fp32 (q_heads, total_q).
     Rows past `cu_seqlens_q[-1]` get output 0, LSE -inf and zero gradients.
@@ -177,13 +186,20 @@ def longgen_attn_varlen_func(
     >>> longgen_attn_varlen_func(q, k, v, pattern, cu_seqlens, cu_seqlens, 200, 200).shape
     torch.Size([300, 4, 64])
     """
-    check_qkv(q, k, v, varlen=True)
+    if block_table is None:
+        check_qkv(q, k, v, varlen=True)
     check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, q)
     check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"cu_seqlens_q and cu_seqlens_k must have one length, got {cu_seqlens_q.numel()} and {cu_seqlens_k.numel()}"
         )
+    if block_table is not None:
+        check_pages(q, k, v, block_table, cu_seqlens_q.numel() - 1)
+        if k_start is not None:
+            raise ValueError("k_start must be None with a block_table: the first page holds position 0")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise NotImplementedError("attention with a block_table has no gradient: call it under torch.no_grad()")
     max_seqlen_q = _checked_start("max_seqlen_q", max_seqlen_q, low=0)
     max_seqlen_k = _checked_start("max_seqlen_k", max_seqlen_k, low=0)
     for name, starts in (("q_start", q_start), ("k_start", k_start)):
@@ -196,7 +212,8 @@ def longgen_attn_varlen_func(
     # Without offsets the last query stands on the last key, so that no position reaches max_seqlen_k.
     check_pattern(pattern, q, max(max_seqlen_q, max_seqlen_k) if q_start is not None else max_seqlen_k, max_seqlen_k)
     out, lse = _call(
-        q, k, v, pattern, softmax_scale, 0, 0, cu_seqlens_q, cu_seqlens_k, q_start, k_start, deterministic, backend
+        q, k, v, pattern, softmax_scale, 0, 0, cu_seqlens_q, cu_seqlens_k, q_start, k_start, deterministic, backend,
+        block_table,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -239,14 +256,19 @@ def _call(
     k_starts: Tensor | None,
     deterministic: bool,
     backend: str,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     dispatch.check_backend_name(backend)
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
     mask = pattern if isinstance(pattern, BlockMask) else None
-    out, lse = torch.ops.longgen_kernels.attn_fwd.default(
-        q, k, v, pattern.encode(), mask.rows if mask else None, mask.cols if mask else None,
+    problem = (
+        pattern.encode(), mask.rows if mask else None, mask.cols if mask else None,
         checked_scale(softmax_scale, q.shape[-1]), q_start, k_start,
         cu_seqlens_q, cu_seqlens_k, q_starts, k_starts, deterministic, backend,
     )  # fmt: skip
+    if block_table is None:
+        out, lse = torch.ops.longgen_kernels.attn_fwd.default(q, k, v, *problem)
+    else:
+        out, lse = torch.ops.longgen_kernels.attn_paged_fwd.default(q, k, v, block_table, *problem)
     return out, lse

@@ -126,5 +126,5 @@ def test_a_nan_query_shows_in_its_own_row_and_nowhere_else() -> None:
 def test_repeated_runs_are_bitwise_equal() -> None:
     q, k, v = (torch.randn(2, 3000, 8, 128, dtype=BF16, device="cuda") for _ in range(3))
     first = longgen_attn_func(q, k, v, A.sink_window(100, 1000), backend="cuda")
-    for _ in range(200):
+    for _ in range(1000):
         assert torch.equal(longgen_attn_func(q, k, v, A.sink_window(100, 1000), backend="cuda"), first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ class AttentionProblem:
     q (batch, seqlen_q, q_heads, head_dim), k and v (batch, seqlen_k, kv_heads, head_dim); with `cu_seqlens_q` and
     `cu_seqlens_k` int32 (batch + 1,) they are packed: (total, heads, head_dim). Query row `i` stands at position
     `q_start + i`, key row `r` at `k_start + r`; packed, `q_starts` and `k_starts` int32 (batch,) say so per sequence,
-    and None means suffix alignment with keys from 0.
+    and None means suffix alignment with keys from 0. With `block_table` int32 (batch, table_pages) k and v are pools
+    (pages, page_size, kv_heads, head_dim): key row `r` of sequence `b` is in page `block_table[b, r // page_size]`, and
+    `cu_seqlens_k` says only how many keys each sequence has.
     """
 
     q: Tensor
@@ -35,6 +37,7 @@ class AttentionProblem:
     q_starts: Tensor | None = None
     k_starts: Tensor | None = None
     deterministic: bool = False
+    block_table: Tensor | None = None
 
     @property
     def varlen(self) -> bool:
@@ -60,6 +63,26 @@ class AttentionProblem:
     def lse_shape(self) -> tuple[int, ...]:
         """(batch, q_heads, seqlen_q), or (q_heads, total_q) when packed."""
         return (*self.q.shape[:-3], self.q_heads, self.q.shape[-3])
+
+    def gathered(self) -> AttentionProblem:
+        """The same problem with the pages copied to where a packed batch has its keys; lengths stay on the device.
+
+        Every sequence gets the rows of all its pages. Those behind its keys become a sequence of their own, without
+        queries.
+        """
+        if self.block_table is None or self.cu_seqlens_q is None or self.cu_seqlens_k is None:
+            return self
+        pages = self.block_table.clamp(0, self.k.shape[0] - 1).long().flatten()
+        k, v = (x[pages].flatten(0, 1) for x in (self.k, self.v))
+        rows = self.block_table.shape[1] * self.k.shape[1]
+        begins = torch.arange(self.batch, dtype=torch.int32, device=k.device) * rows
+        ends = begins + self.cu_seqlens_k.diff().clamp(max=rows)
+        cu_seqlens_k = torch.cat([torch.stack([begins, ends], 1).flatten(), begins[-1:] + rows])
+        cu_seqlens_q = self.cu_seqlens_q.repeat_interleave(2, output_size=2 * self.batch + 2)[1:]
+        q_starts = None if self.q_starts is None else self.q_starts.repeat_interleave(2)
+        return replace(
+            self, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_starts=q_starts, block_table=None
+        )
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, varlen: bool) -> None:
@@ -88,6 +111,26 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, varlen: bool) -> None:
         raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
     if q.shape[-2] % k.shape[-2] != 0:
         raise ValueError(f"q heads ({q.shape[-2]}) must be a multiple of kv heads ({k.shape[-2]})")
+
+
+def check_pages(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, batch: int) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless k and v are pools of pages for packed queries."""
+    for name, x in (("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.ndim != 4 or x.shape[0] < 1 or x.shape[1] < 1:
+            raise ValueError(
+                f"{name} must be (pages, page_size, kv_heads, head_dim) with a block_table, got shape {tuple(x.shape)}"
+            )
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
+    check_qkv(q, k[0], v[0], varlen=True)
+    if not isinstance(block_table, Tensor) or block_table.dtype != torch.int32:
+        raise TypeError(f"block_table must be an int32 tensor (batch, pages), got {block_table!r}")
+    if block_table.ndim != 2 or block_table.shape[0] != batch or block_table.shape[1] < 1:
+        raise ValueError(f"block_table must be ({batch}, at least 1), got shape {tuple(block_table.shape)}")
+    if block_table.device != q.device or not block_table.is_contiguous():
+        raise ValueError(f"block_table must be contiguous and on {q.device}, got it on {block_table.device}")
 
 
 def check_pattern(pattern: AttentionPattern | BlockMask, q: Tensor, q_end: int, k_end: int) -> None:

@@ -1,4 +1,4 @@
-"""The attention operators `torch.ops.longgen_kernels.attn_fwd` and `attn_bwd`.
+"""The attention operators `torch.ops.longgen_kernels.attn_fwd`, `attn_paged_fwd` and `attn_bwd`.
 
 Functional, with fake implementations and autograd, so that torch.compile, CUDA graphs and activation checkpointing see
 ordinary operators. A pattern travels as the ints of its `encode()` and, for block masks, two index tensors; the backend
@@ -7,6 +7,7 @@ is chosen inside the operator, when it runs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _PROBLEM = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_starts, Tensor? k_starts, bool deterministic, str backend"
 )
 lib.define(f"attn_fwd(Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor, Tensor)")
+lib.define(f"attn_paged_fwd(Tensor q, Tensor k, Tensor v, Tensor block_table, {_PROBLEM}) -> (Tensor, Tensor)")
 lib.define(
     "attn_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
     f"Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor, Tensor, Tensor)"
@@ -65,9 +67,20 @@ def backward_support(problem: AttentionProblem) -> dict[str, dispatch.Support]:
 
 
 def _attn_fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    problem = _problem(q, k, v, *rest[:-1])
-    backend = BACKENDS[dispatch.choose(rest[-1], support(problem), "attention", q.device.type)]
-    if q.numel() == 0 or k.numel() == 0:
+    return _run_fwd(_problem(q, k, v, *rest[:-1]), rest[-1])
+
+
+def _attn_paged_fwd(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    problem = replace(_problem(q, k, v, *rest[:-1]), block_table=block_table)
+    if q.device.type != "cuda" or cuda.attention_unsupported(problem) is not None:
+        problem = problem.gathered()  # the other backends read packed keys
+    return _run_fwd(problem, rest[-1])
+
+
+def _run_fwd(problem: AttentionProblem, requested: str) -> tuple[Tensor, Tensor]:
+    q = problem.q
+    backend = BACKENDS[dispatch.choose(requested, support(problem), "attention", q.device.type)]
+    if q.numel() == 0 or problem.k.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _empty_lse(problem).fill_(-torch.inf)
     out, lse = backend.attn_fwd(problem)
     return out, lse
@@ -95,6 +108,10 @@ def _empty_lse(problem: AttentionProblem) -> Tensor:
 
 def _attn_fwd_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), _empty_lse(_problem(q, k, v, *rest[:-1]))
+
+
+def _attn_paged_fwd_fake(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _attn_fwd_fake(q, k, v, *rest)
 
 
 def _attn_bwd_fake(
@@ -127,6 +144,19 @@ class _Attention(torch.autograd.Function):
                 pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend,
             )  # fmt: skip
         return (None, *grads, *(None,) * 12)
+
+
+class _PagedAttention(torch.autograd.Function):
+    """Attention to pages of keys on tensors that need gradients, which it cannot give."""
+
+    @staticmethod
+    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _below_autograd("attn_paged_fwd", keyset, args)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError("attention with a block_table has no gradient")
 
 
 class _AttentionGradient(torch.autograd.Function):
@@ -163,4 +193,5 @@ def _register(name: str, impl: Any, fake: Any, function: type[torch.autograd.Fun
 
 
 _register("attn_fwd", _attn_fwd, _attn_fwd_fake, _Attention)
+_register("attn_paged_fwd", _attn_paged_fwd, _attn_paged_fwd_fake, _PagedAttention)
 _register("attn_bwd", _attn_bwd, _attn_bwd_fake, _AttentionGradient)

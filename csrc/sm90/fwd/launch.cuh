@@ -19,18 +19,26 @@ void launch_attn_fwd(AttentionFwdParams params) {
   params.log2_box = 7;
   const bool has_blocks = params.pattern.stride != 0 || params.pattern.mask_rows != nullptr;
   if (has_blocks) params.log2_box = std::min(params.log2_box, params.pattern.log2_block);
+  const bool paged = params.block_table != nullptr;
+  if (paged) {
+    params.log2_page = 0;
+    while ((1 << params.log2_page) < params.page_size) ++params.log2_page;
+    params.log2_box = std::min(params.log2_box, params.log2_page);
+  }
   const int box = 1 << params.log2_box;
 
   const int batch = packed ? 1 : params.batch;
-  const auto map = [&](const void* data, int rows, int heads, const OutStrides& strides,
+  const auto map = [&](const void* data, int rows, int heads, int count, const OutStrides& strides,
                        int box_rows) {
-    return tensor_map(data, params.dtype, {kHeadDim, rows, heads, batch},
+    return tensor_map(data, params.dtype, {kHeadDim, rows, heads, count},
                       {strides.seqlen, strides.head, strides.batch}, box_rows);
   };
+  const int k_rows = paged ? params.page_size : params.seqlen_k;
+  const int k_count = paged ? params.pages : batch;
   const CUtensorMap q =
-      map(params.q, params.seqlen_q, params.q_heads, params.q_strides, Traits::kBlockM);
-  const CUtensorMap k = map(params.k, params.seqlen_k, params.kv_heads, params.k_strides, box);
-  const CUtensorMap v = map(params.v, params.seqlen_k, params.kv_heads, params.v_strides, box);
+      map(params.q, params.seqlen_q, params.q_heads, batch, params.q_strides, Traits::kBlockM);
+  const CUtensorMap k = map(params.k, k_rows, params.kv_heads, k_count, params.k_strides, box);
+  const CUtensorMap v = map(params.v, k_rows, params.kv_heads, k_count, params.v_strides, box);
 
   // Tiles are aligned to positions; packed, every sequence has up to two more than its length says.
   const int offset = packed ? 0 : params.q_start & (Traits::kBlockM - 1);

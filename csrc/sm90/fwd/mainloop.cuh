@@ -97,8 +97,8 @@ class MathWarpgroup {
         issue_scores(s, next_q_stage, keys_.stage);
       }
       softmax.add(tile_sum);
+      if (flags & TileInfo::kForeign) clear_foreign(shared_.tile[k_stage], values_.stage);
       release(shared_.k_empty[k_stage]);
-      if (flags & TileInfo::kForeign) clear_foreign(values_.stage);
       issue_output(o, p, !fresh);
       named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
       wgmma_wait<1>();
@@ -197,11 +197,11 @@ class MathWarpgroup {
 
   // In a packed batch a tile may reach into the next sequence, or into rows of none. Their weights
   // are 0, but 0 times NaN is NaN: their values become 0. Both warpgroups write the same zeros.
-  __device__ __forceinline__ void clear_foreign(int v_stage) {
+  __device__ __forceinline__ void clear_foreign(const TileInfo& tile, int v_stage) {
     const int box_rows = 1 << params_.log2_box;
     const int thread = threadIdx.x % 128;
     for (int b = 0; b < boxes_per_tile_; ++b) {
-      const int lo = shared_.own_rows[v_stage][b].lo, hi = shared_.own_rows[v_stage][b].hi;
+      const int lo = tile.own_rows[b].lo, hi = tile.own_rows[b].hi;
       if (lo <= 0 && hi >= box_rows) continue;
       for (int chunk = thread; chunk < box_rows * Traits::kPanels * 8; chunk += 128) {
         const int row = chunk / 8 % box_rows;

@@ -58,6 +58,20 @@ class Tiles {
   int visited_ = 0, taken_[2] = {0, 0};
 };
 
+// Where in K and V the row `row` of a sequence lies, as coordinates of the copy engine.
+struct Place {
+  int row, batch;
+};
+__device__ __forceinline__ Place key_place(const AttentionFwdParams& params, const Work& work,
+                                           int row) {
+  if (params.block_table == nullptr) return {row + work.k_row0, work.batch};
+  if (row < 0 || row >= work.k_len) return {kNowhere, 0};
+  const int page = row >> params.log2_page;
+  return {
+      row & ((1 << params.log2_page) - 1),
+      __ldg(params.block_table + static_cast<int64_t>(work.sequence) * params.table_pages + page)};
+}
+
 template <typename Traits>
 __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_map,
                         const CUtensorMap& k_map, const CUtensorMap& v_map,
@@ -76,21 +90,17 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
   uint32_t items = 0;  // whose Q was copied
   // A tile's V is copied after the K of the next one, as they are needed in this order.
   struct {
-    int row, own_lo, own_hi, kv_head, batch;
-    bool any, foreign;
-  } owed;
-  owed.any = false;
+    Place place;
+    int kv_head;
+  } owed = {{0, 0}, -1};
   const auto copy_owed_values = [&] {
-    if (!owed.any) return;
+    if (owed.kv_head < 0) return;
     const int stage = values.stage;
     shared.v_empty[stage].wait(values.round ^ 1);
-    if (owed.foreign && lane < boxes_per_tile)
-      shared.own_rows[stage][lane] = {owed.own_lo, owed.own_hi};
-    __syncwarp();
     if (lane == 0) shared.v_full[stage].arrive_and_expect(Traits::kTileBytes);
     if (copies)
-      copy_box(v_map, shared.v_full[stage], shared.v[stage] + my_offset, my_panel * 64, owed.row,
-               owed.kv_head, owed.batch);
+      copy_box(v_map, shared.v_full[stage], shared.v[stage] + my_offset, my_panel * 64,
+               owed.place.row, owed.kv_head, owed.place.batch);
     values.advance();
   };
 
@@ -113,6 +123,7 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
     do {
       const Box box = tiles.next(my_box);
       const int row = box.position - work.k_start;
+      const Place place = key_place(params, work, row);
       const bool masked = __any_sync(0xffffffff, box.masked);
       const bool foreign = params.cu_seqlens_k != nullptr &&
                            __any_sync(0xffffffff, row < 0 || row + box_rows > work.k_len);
@@ -121,6 +132,8 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
       if (lane < boxes_per_tile)
         shared.tile[stage].box[lane] = {box.position, box.lo, box.hi,
                                         boxes.is_strided(box.position) | box.hidden << 1};
+      if (foreign && lane < boxes_per_tile)
+        shared.tile[stage].own_rows[lane] = {max(-row, 0), min(work.k_len - row, box_rows)};
       __syncwarp();
       if (lane == 0) {
         shared.tile[stage].flags = (masked ? TileInfo::kMasked : 0) |
@@ -129,18 +142,12 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
         shared.k_full[stage].arrive_and_expect(Traits::kTileBytes);
       }
       if (copies)
-        copy_box(k_map, shared.k_full[stage], shared.k[stage] + my_offset, my_panel * 64,
-                 row + work.k_row0, kv_head, work.batch);
+        copy_box(k_map, shared.k_full[stage], shared.k[stage] + my_offset, my_panel * 64, place.row,
+                 kv_head, place.batch);
       keys.advance();
 
       copy_owed_values();
-      owed = {row + work.k_row0,
-              max(-row, 0),
-              min(work.k_len - row, box_rows),
-              kv_head,
-              work.batch,
-              true,
-              foreign};
+      owed = {place, kv_head};
     } while (!tiles.done());
   });
   shared.k_empty[keys.stage].wait(keys.round ^ 1);

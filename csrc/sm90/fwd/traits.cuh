@@ -14,7 +14,7 @@ struct ItemInfo {
   int p_tile;  // position of the tile's first row
 };
 
-// And about a key tile, beside its K and, as K's is overwritten earlier, beside its V.
+// And about a key tile, beside its K.
 struct TileInfo {
   static constexpr int kMasked = 1;   // some pair is not visible
   static constexpr int kLast = 2;     // of its item
@@ -25,10 +25,10 @@ struct TileInfo {
     int position, lo, hi;  // of the first key; the positions that may be visible
     int bits;              // 0: a strided block holds it; 1 + w: hidden from warpgroup w's rows
   } box[kMaxBoxes];
+  struct {
+    int lo, hi;
+  } own_rows[kMaxBoxes];  // of each box, if some are of another sequence
   int flags;
-};
-struct OwnRows {
-  int lo, hi;
 };
 
 // Position in a ring of stages, and the parity of its round.
@@ -74,7 +74,6 @@ struct FwdTraits {
     alignas(1024) T v[kValueStages][kBlockN * kHeadDim];
     ItemInfo item[2];
     TileInfo tile[kKeyStages];
-    OwnRows own_rows[kValueStages][TileInfo::kMaxBoxes];
     int redo[kMathWarpgroups][2];  // see MathWarpgroup::ask_for_redo
     Mbarrier q_full[2], q_empty[2];
     Mbarrier k_full[kKeyStages], k_empty[kKeyStages];

@@ -7,6 +7,7 @@ namespace longgen::sm90 {
 
 struct Work {
   int head, batch;    // batch is the tensor's; 0 when packed
+  int sequence;       // of a packed batch
   int q_row0, q_len;  // first row in the tensor and number of rows of the sequence
   int k_row0, k_len;
   int q_start, k_start;  // positions of those rows
@@ -76,12 +77,15 @@ __device__ __forceinline__ Work work_item(const AttentionFwdParams& params, int 
       }
     }
     const bool real = lo < params.batch;
+    work.sequence = lo;
     work.q_row0 = clipped(cu_q[lo], params.seqlen_q);
     work.k_row0 = clipped(cu_k[lo], params.seqlen_k);
     const int q_end = real ? clipped(cu_q[lo + 1], params.seqlen_q) : params.seqlen_q;
     const int k_end = real ? clipped(cu_k[lo + 1], params.seqlen_k) : work.k_row0;
     work.q_len = max(q_end - work.q_row0, 0);
     work.k_len = max(k_end - work.k_row0, 0);
+    if (params.block_table != nullptr)
+      work.k_len = min(work.k_len, params.table_pages << params.log2_page);
     work.k_start = real && params.k_starts != nullptr ? params.k_starts[lo] : 0;
     work.q_start = work.k_start + work.k_len - work.q_len;
     if (real && params.q_starts != nullptr) work.q_start = params.q_starts[lo];

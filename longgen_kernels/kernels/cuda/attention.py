@@ -15,6 +15,7 @@ from longgen_kernels.patterns import AttentionPattern, BlockMask
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _HEAD_DIMS = (64, 128)
 _SMALLEST_MASK_BLOCK = 64  # a tile of 128 queries has at most two rows of a mask in it
+_ANY_LENGTH = (1 << 31) - 1  # of all sequences together, which may share pages
 _SMALLEST_BOX = 16  # keys that are copied at once; a tile is made of boxes from different places
 
 
@@ -46,6 +47,10 @@ def attention_unsupported(problem: AttentionProblem) -> str | None:
         return f"takes block masks of at least {_SMALLEST_MASK_BLOCK}-token blocks, got {pattern.block_size}"
     if isinstance(pattern, AttentionPattern) and pattern.stride and (pattern.block_size or 1) < _SMALLEST_BOX:
         return f"takes strided blocks of at least {_SMALLEST_BOX} tokens, got {pattern.block_size}"
+    if problem.block_table is not None:
+        page_size = problem.k.shape[1]
+        if page_size < _SMALLEST_BOX or page_size & (page_size - 1):
+            return f"takes pages of a power of two of at least {_SMALLEST_BOX} tokens, got {page_size}"
     for name, x in (("q", q), ("k", problem.k), ("v", problem.v)):
         strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
         if x.data_ptr() % 16 != 0 or any(s <= 0 or s % 8 != 0 for s in strides):
@@ -62,7 +67,7 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`)."""
     from longgen_kernels import _C
 
-    q, k, pattern = problem.q, problem.k, problem.pattern
+    q, k, pattern, table = problem.q, problem.k, problem.pattern, problem.block_table
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     with torch.cuda.device(q.device):
@@ -71,7 +76,7 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
             mask_rows=_address(pattern.rows if isinstance(pattern, BlockMask) else None),
             batch=problem.batch,
             seqlen_q=q.shape[-3],
-            seqlen_k=k.shape[-3],
+            seqlen_k=k.shape[-3] if table is None else _ANY_LENGTH,
             q_heads=problem.q_heads,
             kv_heads=problem.kv_heads,
             head_dim=problem.head_dim,
@@ -88,6 +93,10 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
             cu_seqlens_k=_address(problem.cu_seqlens_k),
             q_starts=_address(problem.q_starts),
             k_starts=_address(problem.k_starts),
+            block_table=_address(table),
+            pages=k.shape[0] if table is not None else 0,
+            page_size=k.shape[1] if table is not None else 0,
+            table_pages=table.shape[1] if table is not None else 0,
             stream=torch.cuda.current_stream().cuda_stream,
         )
     return out, lse
