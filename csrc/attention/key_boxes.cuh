@@ -45,9 +45,16 @@ class KeyBoxes {
         k_end_(k_end) {
     const int hi = pattern.causal ? min(k_end, p_last + 1) : k_end;
     if (pattern.mask_rows != nullptr) {
-      n_window_ = find_mask_row(entries_, p_first, hi, q_head, q_heads);
-      if (p_last >> pattern.log2_block != p_first >> pattern.log2_block)
-        n_below_ = find_mask_row(below_, p_last, hi, q_head, q_heads);
+      if (two_rows()) {
+        // Tiles are aligned: a query's row in the tile is that of its position.
+        const bool below[2] = {(p_first >> pattern.log2_block & 1) != 0,
+                               (p_last >> pattern.log2_block & 1) != 0};
+        if (!below[0]) find_mask_row<0>(p_first, hi, q_head, q_heads);
+        if (below[1]) find_mask_row<1>(p_last, hi, q_head, q_heads);
+      } else {
+        find_mask_row<0>(p_first, hi, q_head, q_heads);
+        n_window_ = n_blocks_[0] << (pattern.log2_block - log2_rows);
+      }
       return;
     }
     const int shift = pattern.log2_block;
@@ -86,24 +93,32 @@ class KeyBoxes {
   __device__ __forceinline__ bool two_rows() const {
     return pattern_.mask_rows != nullptr && pattern_.log2_block < kLog2Tile;
   }
-  __device__ __forceinline__ bool empty() const { return count() + n_below_ == 0; }
+  __device__ __forceinline__ bool empty() const {
+    return count() + n_blocks_[0] + n_blocks_[1] == 0;
+  }
 
-  // The box of the next block from the last on that either row has. `taken` counts what was used of
-  // each.
-  __device__ __forceinline__ Box merged(int (&taken)[2]) const {
-    const int above = taken[0] < n_window_ ? __ldg(entries_ + n_window_ - 1 - taken[0]) : -1;
-    const int below = taken[1] < n_below_ ? __ldg(below_ + n_below_ - 1 - taken[1]) : -1;
+  __device__ __forceinline__ int per_block() const {
+    return 1 << (pattern_.log2_block - log2_rows_);
+  }
+
+  // Box `part` of the next block, from the last on, that either row has. `taken` counts what was
+  // used of each.
+  __device__ __forceinline__ Box merged(int (&taken)[2], int part) const {
+    const int above =
+        taken[0] < n_blocks_[0] ? __ldg(entries_[0] + n_blocks_[0] - 1 - taken[0]) : -1;
+    const int below =
+        taken[1] < n_blocks_[1] ? __ldg(entries_[1] + n_blocks_[1] - 1 - taken[1]) : -1;
     const int block = max(above, below);
     if (block < 0) return {kNowhere, k_start_, k_end_, true, 0};
     taken[0] += above == block;
     taken[1] += below == block;
-    Box box = window_box(block << pattern_.log2_block);
+    Box box = window_box((block << pattern_.log2_block) + (part << log2_rows_));
     box.hidden = (above != block) | (below != block) << 1;
     box.masked |= box.hidden != 0;
     return box;
   }
   __device__ __forceinline__ bool all_taken(const int (&taken)[2]) const {
-    return taken[0] == n_window_ && taken[1] == n_below_;
+    return taken[0] == n_blocks_[0] && taken[1] == n_blocks_[1];
   }
 
   __device__ __forceinline__ Box operator[](int index) const {
@@ -130,7 +145,7 @@ class KeyBoxes {
     index -= n_strided_;
     if (pattern_.mask_rows == nullptr) return window_box((window_box_ + index) << log2_rows_);
     const int log2_per_block = pattern_.log2_block - log2_rows_;
-    const int block = __ldg(entries_ + (index >> log2_per_block));
+    const int block = __ldg(entries_[0] + (index >> log2_per_block));
     return window_box((block << pattern_.log2_block) +
                       ((index & ((1 << log2_per_block) - 1)) << log2_rows_));
   }
@@ -167,21 +182,22 @@ class KeyBoxes {
                                  : 0;
   }
 
-  // The boxes of the mask row that the query at p is in; `entries` becomes its list.
-  __device__ int find_mask_row(const int32_t*& entries, int p, int hi, int q_head, int q_heads) {
+  // Row kRow of the tile is the mask row that the query at p is in.
+  template <int kRow>
+  __device__ __forceinline__ void find_mask_row(int p, int hi, int q_head, int q_heads) {
     const int shift = pattern_.log2_block;
     const int q_block = p >> shift;
-    if (q_block < 0 || q_block >= pattern_.mask_q_blocks) return 0;
+    if (q_block < 0 || q_block >= pattern_.mask_q_blocks) return;
     const int mask_head = q_head / (q_heads / pattern_.mask_heads);
     const int row = mask_head * pattern_.mask_q_blocks + q_block;
     int begin = __ldg(pattern_.mask_rows + row);
     int end = __ldg(pattern_.mask_rows + row + 1);
-    entries = pattern_.mask_rows + pattern_.mask_heads * pattern_.mask_q_blocks + 1;
+    const int32_t* entries = pattern_.mask_rows + pattern_.mask_heads * pattern_.mask_q_blocks + 1;
     // A mask may be larger than the sequence.
     while (end > begin && (__ldg(entries + end - 1) << shift) >= hi) --end;
     while (end > begin && ((__ldg(entries + begin) + 1) << shift) <= k_start_) ++begin;
-    entries += begin;
-    return (end - begin) << (shift - log2_rows_);
+    entries_[kRow] = entries + begin;
+    n_blocks_[kRow] = end - begin;
   }
 
   const PatternParams& pattern_;
@@ -190,8 +206,9 @@ class KeyBoxes {
   int n_sink_ = 0, n_strided_ = 0, n_window_ = 0;
   int sink_box_ = 0, window_box_ = 0, rank_ = 0, first_block_ = 0, phase_ = 0;
   int strided_lo_ = 0, strided_hi_ = 0;
-  const int32_t *entries_ = nullptr, *below_ = nullptr;  // of a block mask
-  int n_below_ = 0;
+  // Of a block mask, for each of its rows in the tile.
+  const int32_t* entries_[2] = {nullptr, nullptr};
+  int n_blocks_[2] = {0, 0};
 };
 
 }  // namespace longgen

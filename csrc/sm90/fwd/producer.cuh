@@ -38,9 +38,10 @@ class Tiles {
   __device__ __forceinline__ Box next(int mine) {
     if (boxes_.two_rows()) {
       Box box;
-      for (int b = 0; b < boxes_per_tile_; ++b) {
-        const Box other = boxes_.merged(taken_);
-        if (b == mine) box = other;
+      const int per_block = boxes_.per_block();
+      for (int b = 0; b < boxes_per_tile_ / per_block; ++b) {
+        const Box other = boxes_.merged(taken_, mine % per_block);
+        if (b == mine / per_block) box = other;
       }
       return box;
     }

@@ -54,10 +54,13 @@ struct FwdTraits {
   static constexpr int kKeyStages = 3, kValueStages = 2;
   static constexpr int kMathWarpgroups = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
-  // Budget: 65536 registers / 128 threads = 512 for three warpgroups. A math thread holds 64 of
-  // scores, kHeadDim / 2 of output, 32 of probabilities.
-  static constexpr int kProducerRegisters = 48;
-  static constexpr int kMathRegisters = 232;
+  // A math thread holds 64 of scores, kHeadDim / 2 of output, 32 of probabilities. Together they
+  // get no more than the launch gave: a warpgroup that asks for more waits for ever.
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kMathRegisters = 224;
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <=
+                (1 + kMathWarpgroups) * kLaunchRegisters);
   // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr int kPanelElements = kBlockN * 64;
