@@ -99,7 +99,7 @@ def assert_same_infinities(got: Tensor, want: Tensor, name: str) -> None:
 
 
 def assert_as_accurate_as_plain_pytorch(got: Results, inputs: Inputs) -> None:
-    """The error of every result in `got` is at most twice that of plain PyTorch in the same dtype, plus a rounding or two.
+    """No result in `got` is off by more than twice what plain PyTorch in the same dtype is, plus a rounding or two.
 
     The truth is the reference on the same numbers in the next wider dtype.
     """
