@@ -1,16 +1,14 @@
 // Which (query tile, head, sequence) a persistent block works on next.
 #pragma once
 
+#include "attention/sequence.cuh"
 #include "params.h"
 
 namespace longgen::sm90 {
 
-struct Work {
-  int head, batch;    // batch is the tensor's; 0 when packed
-  int q_row0, q_len;  // first row in the tensor and number of rows of the sequence
-  int k_row0, k_len;
-  int q_start, k_start;  // positions of those rows
-  int p_tile;            // position of the tile's first row; may lie before q_start
+struct Work : Sequence {
+  int head;
+  int p_tile;  // position of the tile's first row; may lie before q_start
 
   __device__ __forceinline__ bool empty() const { return p_tile >= q_start + q_len; }
   __device__ __forceinline__ int p_first() const { return max(p_tile, q_start); }
@@ -31,49 +29,14 @@ __device__ __forceinline__ int work_index(int round, int items) {
 // are its longest, in descending order; so that blocks at work share the keys of one head in L2.
 template <int kBlockM>
 __device__ __forceinline__ Work work_item(const AttentionFwdParams& params, int index) {
-  Work work;
-  const int slot = params.q_tiles - 1 - index % params.q_tiles;
+  int tile = params.q_tiles - 1 - index % params.q_tiles;
   index /= params.q_tiles;
-  work.head = index % params.q_heads;
-  work.batch = index / params.q_heads;
-  int tile = slot;
-  if (params.cu_seqlens_q == nullptr) {
-    work.q_row0 = work.k_row0 = 0;
-    work.q_len = params.seqlen_q;
-    work.k_len = params.seqlen_k;
-    work.q_start = params.q_start;
-    work.k_start = params.k_start;
-  } else {
-    // Sequence b owns the slots from cu[b] / kBlockM + 2b: enough for all its tiles, without any
-    // metadata. Rows past the last sequence form one more, without keys. Offsets are clipped, so
-    // that wrong ones cannot reach outside.
-    const int32_t* cu_q = params.cu_seqlens_q;
-    const int32_t* cu_k = params.cu_seqlens_k;
-    const auto clipped = [](int x, int total) { return min(max(x, 0), total); };
-    int lo = 0, hi = params.batch;
-    while (lo < hi) {
-      const int mid = (lo + hi + 1) / 2;
-      if (clipped(cu_q[mid], params.seqlen_q) / kBlockM + 2 * mid <= slot) {
-        lo = mid;
-      } else {
-        hi = mid - 1;
-      }
-    }
-    const bool real = lo < params.batch;
-    work.q_row0 = clipped(cu_q[lo], params.seqlen_q);
-    work.k_row0 = clipped(cu_k[lo], params.seqlen_k);
-    const int q_end = real ? clipped(cu_q[lo + 1], params.seqlen_q) : params.seqlen_q;
-    const int k_end = real ? clipped(cu_k[lo + 1], params.seqlen_k) : work.k_row0;
-    work.q_len = max(q_end - work.q_row0, 0);
-    work.k_len = max(k_end - work.k_row0, 0);
-    work.k_start = real && params.k_starts != nullptr ? params.k_starts[lo] : 0;
-    work.q_start = work.k_start + work.k_len - work.q_len;
-    if (real && params.q_starts != nullptr) work.q_start = params.q_starts[lo];
-    tile = slot - (work.q_row0 / kBlockM + 2 * lo);
-  }
+  const int head = index % params.q_heads;
+  const Sequence sequence = params.cu_seqlens_q == nullptr
+                                ? dense_sequence(params, index / params.q_heads)
+                                : packed_sequence<true>(params, kBlockM, 2, tile);
   // Tiles are aligned to positions, also below 0.
-  work.p_tile = (work.q_start & -kBlockM) + tile * kBlockM;
-  return work;
+  return {sequence, head, (sequence.q_start & -kBlockM) + tile * kBlockM};
 }
 
 }  // namespace longgen::sm90

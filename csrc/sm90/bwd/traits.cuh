@@ -1,0 +1,94 @@
+// Sizes and the shared-memory plan of the Hopper backward kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "arch/sm90/barrier.cuh"
+#include "sm90/bwd/items.cuh"
+
+namespace longgen::sm90 {
+
+// What the math warpgroups need to know of a query tile.
+struct Step {
+  int p_tile;   // position of its first row; may lie before the sequence
+  int q_tile;   // among all heads' query tiles
+  bool masked;  // whether some (query, key) pair of it is not visible
+};
+
+// What the producer keeps in mind, in shared memory: it has few registers.
+struct Stream {
+  uint32_t n;     // items so far
+  uint32_t step;  // of the Q and dO pipelines
+  int next_item;
+  int full_lo, full_hi;  // query tiles between these positions are seen by every key of the item
+  int head;              // of queries
+  int skipped, left;     // steps before the item's first one, and to go
+  int q_tile0;           // number of the head's tile 0 among all heads' query tiles
+  QueryTiles tiles;      // of the head
+};
+
+template <typename T_, int kHeadDim_>
+struct BwdTraits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = kQueryTile;
+  static constexpr int kBlockN = kKeyTile;  // two math warpgroups of 64 keys
+  // Q is held from the scores of its tile, issued a tile ahead, to its dK; dO for one tile.
+  static constexpr int kQStages = 3;
+  static constexpr int kDoutStages = 2;
+  static constexpr int kMathWarpgroups = kBlockN / 64;
+  static constexpr int kMathWarps = 4 * kMathWarpgroups;
+  static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
+  static constexpr int kLoaderThreads = 64;  // of the producer warpgroup: they fetch keys
+  // Budget: 65536 registers / 128 threads = 512 for three warpgroups. A math thread holds kHeadDim
+  // of dK and dV, 32 of scores, 32 of dP or dQ, 32 of packed P and dS.
+  static constexpr int kProducerRegisters = 32;
+  static constexpr int kMathRegisters = 240;
+  // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
+  static constexpr int kPanels = kHeadDim / 64;
+  static constexpr uint32_t kQueryPanelBytes = kBlockM * 128;
+  static constexpr uint32_t kQueryBytes = kPanels * kQueryPanelBytes;
+  static constexpr uint32_t kKeyPanelBytes = kBlockN * 128;
+  static constexpr uint32_t kKeyBytes = kPanels * kKeyPanelBytes;
+  static constexpr uint32_t kStatsBytes = 2 * kBlockM * sizeof(float);
+  // dQ of a tile: each warpgroup computes 64 columns.
+  static constexpr int kDqFloats = kBlockM * kHeadDim;
+  static_assert(kHeadDim == 64 * kMathWarpgroups, "a math warpgroup computes 64 columns of dQ");
+  static_assert(sizeof(T) == 2, "wgmma takes transposed operands in 16-bit types only");
+
+  struct Shared {
+    // Swizzled tiles repeat every 1024 bytes.
+    alignas(1024) uint8_t k[kKeyBytes];
+    alignas(1024) uint8_t v[kKeyBytes];
+    alignas(1024) uint8_t q[kQStages][kQueryBytes];
+    alignas(1024) uint8_t dout[kDoutStages][kQueryBytes];
+    alignas(1024) uint8_t ds[2][kBlockM * kBlockN * sizeof(T)];
+    alignas(16) float dq[kDqFloats];
+    alignas(16) float stats[kDoutStages][2][kBlockM];  // LSE in base 2, delta
+    // Of the keys in the tile's rows, for two items: which row of the tensor (or -1), and the
+    // positions of the queries that see it.
+    int rows[2][kBlockN];
+    int2 seen[2][kBlockN];
+    Item items[2];
+    Step steps[kQStages];
+    Stream stream;
+    Mbarrier item_full[2], item_empty[2];
+    Mbarrier keys_full, keys_empty;
+    Mbarrier q_full[kQStages], q_empty[kQStages];
+    Mbarrier dout_full[kDoutStages], dout_empty[kDoutStages];
+    Mbarrier ds_full;
+  };
+  static constexpr int kSharedBytes =
+      sizeof(Shared) + 1024;  // dynamic shared memory is aligned to 16 bytes only
+  static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a block can have");
+};
+
+// Where row `k_row` of an item's head lies in dK and dV.
+template <typename Traits>
+__device__ __forceinline__ int64_t gradient_offset(const AttentionBwdParams& params,
+                                                   const Item& item, int k_row) {
+  const int64_t row = static_cast<int64_t>(item.sequence.batch) * params.seqlen_k + k_row;
+  return (row * params.kv_heads + item.kv_head) * Traits::kHeadDim;
+}
+
+}  // namespace longgen::sm90
