@@ -20,6 +20,14 @@ constexpr int kBeyond = 1 << 30;
 constexpr int kKeyTile = 128;
 constexpr int kQueryTile = 64;
 
+// The thread that looks for tiles has few registers: what lies in memory it is to read again.
+__host__ __device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
+
+// Positions lo to hi - 1.
+struct Run {
+  int lo, hi;
+};
+
 enum class Columns : int32_t {
   kPositions,  // column c is position c
   kStrided,    // the c-th position of strided blocks
@@ -67,6 +75,22 @@ struct KeyTile {
     return end < kBeyond ? end : kBeyond;
   }
 };
+
+// The queries, of those at positions q_start to q_end - 1, that see some key of a tile.
+__host__ __device__ __forceinline__ Run seen_by_some(const PatternParams& pattern,
+                                                     const KeyTile& keys, int q_start, int q_end) {
+  const int lo = keys.first_position(pattern);
+  const int hi = keys.seen_until(pattern, keys.last_position(pattern));
+  return {pattern.causal && lo > q_start ? lo : q_start, hi < q_end ? hi : q_end};
+}
+
+// The positions from which every row of a tile is seen: none if a row is not the tile's own.
+__host__ __device__ __forceinline__ Run seen_by_all(const PatternParams& pattern,
+                                                    const KeyTile& keys) {
+  if (!keys.owns(0) || !keys.owns(kKeyTile - 1)) return {kBeyond, 0};
+  return {pattern.causal ? keys.last_position(pattern) : -kBeyond,
+          keys.seen_until(pattern, keys.first_position(pattern))};
+}
 
 // The key tiles of one sequence and KV head: global ones first.
 class KeyTiles {
@@ -140,58 +164,67 @@ class KeyTiles {
 // positions, also below 0, and numbered from the one that holds the sequence's first query.
 class QueryTiles {
  public:
-  // Queries stand at positions q_start to q_end - 1.
-  __host__ __device__ QueryTiles(const PatternParams& pattern, const KeyTile& keys, int q_start,
-                                 int q_end, int q_head, int q_heads)
-      : log2_block_(pattern.log2_block), tile0_(q_start & -kQueryTile) {
-    const int j_first = keys.first_position(pattern);
-    const int seen_until = keys.seen_until(pattern, keys.last_position(pattern));
-    const int lo = pattern.causal && j_first > q_start ? j_first : q_start;
-    const int hi = seen_until < q_end ? seen_until : q_end;
-    if (hi <= lo) return;
-    const int aligned_lo = lo & -kQueryTile;
-    const int aligned_hi = (hi + kQueryTile - 1) & -kQueryTile;
+  // Queries stand at positions q_start and up; `seen` says which of them see a key of the tile,
+  // whose first one stands at j_first.
+  __host__ __device__ QueryTiles(const PatternParams& pattern, const Run& seen, int j_first,
+                                 int q_start, int q_head, int q_heads)
+      : tile0_(q_start & -kQueryTile) {
+    if (seen.hi <= seen.lo) return;
     if (pattern.mask_cols == nullptr) {
-      first_ = (aligned_lo - tile0_) / kQueryTile;
-      count_ = (aligned_hi - aligned_lo) / kQueryTile;
+      const int end = (seen.hi - tile0_ + kQueryTile - 1) / kQueryTile;
+      first_ = (seen.lo - tile0_) / kQueryTile;
+      count_ = end - first_;
       return;
     }
-    const int k_block = j_first >> log2_block_;
+    const int shift = pattern.log2_block;
+    const int k_block = j_first >> shift;
     if (k_block >= pattern.mask_k_blocks) return;
     const int column = q_head / (q_heads / pattern.mask_heads) * pattern.mask_k_blocks + k_block;
-    int begin = pattern.mask_cols[column];
-    int end = pattern.mask_cols[column + 1];
-    const int32_t* entries = pattern.mask_cols + pattern.mask_heads * pattern.mask_k_blocks + 1;
-    while (end > begin && (entries[end - 1] << log2_block_) >= hi) --end;
-    while (end > begin && ((entries[begin] + 1) << log2_block_) <= lo) ++begin;
+    const int entries = pattern.mask_heads * pattern.mask_k_blocks + 1;
+    int begin = entries + pattern.mask_cols[column];
+    int end = entries + pattern.mask_cols[column + 1];
+    forget_registers();
+#pragma unroll 1
+    while (end > begin && (pattern.mask_cols[end - 1] << pattern.log2_block) >= seen.hi) {
+      --end;
+      forget_registers();
+    }
+#pragma unroll 1
+    while (end > begin && ((pattern.mask_cols[begin] + 1) << pattern.log2_block) <= seen.lo) {
+      ++begin;
+      forget_registers();
+    }
     if (end <= begin) return;
-    entries_ = entries + begin;
+    const int aligned_lo = seen.lo & -kQueryTile;
+    const int aligned_hi = (seen.hi + kQueryTile - 1) & -kQueryTile;
+    entry_ = begin;
     // Of the first and last block the tiles before and behind the sequence are left out.
-    const int before = aligned_lo - (entries_[0] << log2_block_);
-    const int behind = ((entries_[end - begin - 1] + 1) << log2_block_) - aligned_hi;
+    const int before = aligned_lo - (pattern.mask_cols[begin] << shift);
+    const int behind = ((pattern.mask_cols[end - 1] + 1) << shift) - aligned_hi;
     first_ = before > 0 ? before / kQueryTile : 0;
-    count_ = ((end - begin) << log2_block_) / kQueryTile - first_ -
-             (behind > 0 ? behind / kQueryTile : 0);
+    count_ =
+        ((end - begin) << shift) / kQueryTile - first_ - (behind > 0 ? behind / kQueryTile : 0);
   }
 
   __host__ __device__ __forceinline__ int count() const { return count_; }
 
-  __host__ __device__ __forceinline__ int operator[](int index) const {
+  // The number of the tile in place `index`.
+  __host__ __device__ __forceinline__ int at(const PatternParams& pattern, int index) const {
     index += first_;
-    if (entries_ == nullptr) return index;
+    if (pattern.mask_cols == nullptr) return index;
     constexpr int kLog2Tile = 6;
     static_assert(1 << kLog2Tile == kQueryTile);
-    const int log2_per_block = log2_block_ - kLog2Tile;
-    const int position = (entries_[index >> log2_per_block] << log2_block_) +
-                         ((index & ((1 << log2_per_block) - 1)) << kLog2Tile);
+    const int log2_per_block = pattern.log2_block - kLog2Tile;
+    const int block = pattern.mask_cols[entry_ + (index >> log2_per_block)];
+    const int position =
+        (block << pattern.log2_block) + ((index & ((1 << log2_per_block) - 1)) << kLog2Tile);
     return (position - tile0_) / kQueryTile;
   }
 
  private:
-  int log2_block_;
   int tile0_;  // position of tile 0
   int first_ = 0, count_ = 0;
-  const int32_t* entries_ = nullptr;
+  int entry_ = 0;  // first one of a block mask's column
 };
 
 }  // namespace longgen

@@ -13,6 +13,8 @@ struct Item {
   Sequence sequence;
   int kv_head;
   int slot;               // of the global or local tiles of the sequence and head
+  int j_first;            // position of the tile's first key
+  Run some, all;          // the queries that see some key of the tile, and that see every row
   int first_step, steps;  // of the (query head, query tile) pairs that see the tile
   int partial;            // where a chunk's sums go, or -1: into the gradients
   bool stop;              // no item: there are no more
@@ -29,9 +31,6 @@ struct Item {
   }
 };
 
-// The thread that looks for items has few registers: what lies in memory is read again from there.
-__host__ __device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
-
 // The number, among all heads' query tiles, of tile 0 of a sequence and head.
 __host__ __device__ __forceinline__ int first_query_tile(const AttentionBwdParams& params,
                                                          const Sequence& sequence, int head) {
@@ -42,7 +41,7 @@ __host__ __device__ __forceinline__ int first_query_tile(const AttentionBwdParam
 
 __host__ __device__ __forceinline__ QueryTiles query_tiles(const AttentionBwdParams& params,
                                                            const Item& item, int head) {
-  return QueryTiles(params.pattern, item.keys, item.sequence.q_start, item.q_end(), head,
+  return QueryTiles(params.pattern, item.some, item.j_first, item.sequence.q_start, head,
                     params.q_heads);
 }
 
@@ -61,12 +60,19 @@ __host__ __device__ inline bool find_key_tile(const AttentionBwdParams& params, 
   if (item.slot >= (global ? tiles.globals() : tiles.locals())) return false;
   item.keys = tiles[global ? item.slot : tiles.globals() + item.slot];
   forget_registers();
+  item.j_first = item.keys.first_position(params.pattern);
+  item.some = seen_by_some(params.pattern, item.keys, item.sequence.q_start, item.q_end());
+  forget_registers();
+  item.all = seen_by_all(params.pattern, item.keys);
+  forget_registers();
   // Only a mask tells the query heads of a group apart.
   const bool alike = params.pattern.mask_cols == nullptr;
-  const int head = kv_head * params.plan.group;
   item.steps = 0;
-  for (int member = 0; member < (alike ? 1 : params.plan.group); ++member)
-    item.steps += query_tiles(params, item, head + member).count();
+#pragma unroll 1
+  for (int member = 0; member < (alike ? 1 : params.plan.group); ++member) {
+    item.steps += query_tiles(params, item, item.kv_head * params.plan.group + member).count();
+    forget_registers();
+  }
   if (alike) item.steps *= params.plan.group;
   return true;
 }

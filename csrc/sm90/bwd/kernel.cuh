@@ -19,9 +19,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       dynamic_shared + (-shared_address(dynamic_shared) & 1023));
 
   if (threadIdx.x == 0) {
+    shared.params = params;
     prefetch_descriptor(q_map);
     prefetch_descriptor(dout_map);
     constexpr int kLoaderWarps = Traits::kLoaderThreads / 32;
+    for (int warp = 0; warp < kLoaderWarps; ++warp) shared.loads[warp] = 0;
     for (int slot = 0; slot < 2; ++slot) {
       shared.item_full[slot].init(1);
       shared.item_empty[slot].init(Traits::kMathWarps + kLoaderWarps);
@@ -45,7 +47,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   if (warp < 4) {
     give_registers<Traits::kProducerRegisters>();
-
+    if (threadIdx.x == 0) produce<Traits>(q_map, dout_map, shared);
+    if (warp >= kFirstLoader / 32) load_keys<Traits>(shared);
   } else {
     take_registers<Traits::kMathRegisters>();
     BwdMathWarpgroup<Traits>(params, shared, warp / 4 - 1).run();

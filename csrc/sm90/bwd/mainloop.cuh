@@ -220,9 +220,9 @@ class BwdMathWarpgroup {
       const int column0 = step.p_tile + lane_ % 4 * 2;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int2 seen = shared_.seen[n % 2][key_row_ + 8 * half];
-        const int lo = seen.x - column0;
-        const int hi = seen.y - column0;
+        const Run seen = shared_.rows[n % 2][key_row_ + 8 * half].seen;
+        const int lo = seen.lo - column0;
+        const int hi = seen.hi - column0;
 #pragma unroll
         for (int c = 0; c < Traits::kBlockM / 8; ++c) {
 #pragma unroll
@@ -300,7 +300,7 @@ class BwdMathWarpgroup {
     T* dv_rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = shared_.rows[n % 2][key_row_ + 8 * half];
+      const int row = shared_.rows[n % 2][key_row_ + 8 * half].row;
       const int64_t at = gradient_offset<Traits>(params_, item, row);
       dk_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dk) + at;
       dv_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dv) + at;

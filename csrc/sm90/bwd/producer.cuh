@@ -9,6 +9,7 @@
 namespace longgen::sm90 {
 
 constexpr int kLoaderBarrier = 1;
+constexpr int kFirstLoader = 64;  // the thread
 
 // Copies one tile of 64 query rows.
 template <typename Traits>
@@ -32,9 +33,9 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
     const uint32_t q_stage = step % Traits::kQStages;
     Mbarrier& q_full = shared.q_full[q_stage];
     shared.q_empty[q_stage].wait((step / Traits::kQStages & 1) ^ 1);
-    const int tile = stream.tiles[i];
+    const int tile = stream.tiles.at(params.pattern, i);
     const int p_tile = (item.sequence.q_start & -Traits::kBlockM) + tile * Traits::kBlockM;
-    const bool masked = p_tile < stream.full_lo || p_tile + Traits::kBlockM > stream.full_hi;
+    const bool masked = p_tile < item.all.lo || p_tile + Traits::kBlockM > item.all.hi;
     Step& info = shared.steps[q_stage];
     info = {p_tile, stream.q_tile0 + tile, masked};
     q_full.arrive_and_expect(Traits::kQueryBytes);
@@ -55,8 +56,9 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
 
 // One thread.
 template <typename Traits>
-__device__ void produce(const AttentionBwdParams& params, const CUtensorMap& q_map,
-                        const CUtensorMap& dout_map, typename Traits::Shared& shared) {
+__device__ void produce(const CUtensorMap& q_map, const CUtensorMap& dout_map,
+                        typename Traits::Shared& shared) {
+  const AttentionBwdParams& params = shared.params;
   Stream& stream = shared.stream;
   stream.step = 0;
   stream.next_item = atomicAdd(params.next_item, 1);
@@ -69,13 +71,6 @@ __device__ void produce(const AttentionBwdParams& params, const CUtensorMap& q_m
     shared.item_full[stream.n % 2].arrive();
     if (item.stop) return;
 
-    const PatternParams& pattern = params.pattern;
-    stream.full_lo = kBeyond;
-    stream.full_hi = 0;
-    if (item.steps > 0 && item.keys.owns(0) && item.keys.owns(Traits::kBlockN - 1)) {
-      stream.full_lo = pattern.causal ? item.keys.last_position(pattern) : -kBeyond;
-      stream.full_hi = item.keys.seen_until(pattern, item.keys.first_position(pattern));
-    }
     stream.head = item.kv_head * params.plan.group;
     stream.skipped = item.first_step;
     stream.left = item.steps;
@@ -94,56 +89,75 @@ __device__ void produce(const AttentionBwdParams& params, const CUtensorMap& q_m
   }
 }
 
-// Threads 0 to kLoaderThreads - 1. Keys come one row at a time, from wherever they are; rows that
-// are not the tile's own become zeros.
+// Asked for anew each time, so that nothing that follows from it lives from item to item.
+__device__ __forceinline__ int loader_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread - kFirstLoader;
+}
+
+// Where the keys of a tile are, and which queries see them.
 template <typename Traits>
-__device__ void load_keys(const AttentionBwdParams& params, typename Traits::Shared& shared,
-                          int thread) {
+__device__ __forceinline__ void list_rows(const PatternParams& pattern, const Item& item,
+                                          KeyRow* rows) {
+#pragma unroll 1
+  for (int row = loader_thread(); row < Traits::kBlockN; row += Traits::kLoaderThreads) {
+    rows[row] = {-1, {kBeyond, 0}};
+    if (!item.keys.owns(row)) continue;
+    const int position = item.keys.position(pattern, item.keys.column0 + row);
+    rows[row].row = item.k_row(position);
+    rows[row].seen = {pattern.causal ? position : -kBeyond,
+                      item.keys.seen_until(pattern, position)};
+    forget_registers();
+  }
+}
+
+// The rows of a key tile, 16 bytes a thread; zeros where there is no key.
+template <typename Traits>
+__device__ __forceinline__ void load_rows(const void* data, const OutStrides& strides,
+                                          const Item& item, const KeyRow* rows, uint8_t* tile) {
   using T = typename Traits::T;
-  constexpr int kChunks = Traits::kHeadDim / 8;  // of 16 bytes in a row
+  constexpr int kChunks = Traits::kHeadDim / 8;
   constexpr int kRowsAtOnce = Traits::kLoaderThreads / kChunks;
+  const int thread = loader_thread();
   const int chunk = thread % kChunks;
-  for (uint32_t n = 0;; ++n) {
+  const T* const first = static_cast<const T*>(data) + item.sequence.batch * strides.batch +
+                         item.kv_head * strides.head + chunk * 8;
+#pragma unroll 1
+  for (int row = thread / kChunks; row < Traits::kBlockN; row += kRowsAtOnce) {
+    const int k_row = rows[row].row;
+    copy_16_bytes(shared_address(tile) + chunk / 8 * Traits::kKeyPanelBytes + row * 128 +
+                      ((chunk % 8) ^ (row % 8)) * 16,
+                  first + max(k_row, 0) * strides.seqlen, k_row >= 0);
+  }
+}
+
+// Threads kFirstLoader and following. Keys come one row at a time, from wherever they are; rows
+// that are not the tile's own become zeros.
+template <typename Traits>
+__device__ void load_keys(typename Traits::Shared& shared) {
+  const AttentionBwdParams& params = shared.params;
+  while (true) {
+    const uint32_t n = shared.loads[loader_thread() / 32];
     const Item& item = shared.items[n % 2];
     shared.item_full[n % 2].wait(n / 2 & 1);
     if (item.stop) return;
-    const PatternParams& pattern = params.pattern;
-    for (int row = thread; row < Traits::kBlockN; row += Traits::kLoaderThreads) {
-      int k_row = -1;
-      int2 seen{kBeyond, 0};
-      if (item.keys.owns(row)) {
-        const int position = item.keys.position(pattern, item.keys.column0 + row);
-        k_row = item.k_row(position);
-        seen = {pattern.causal ? position : -kBeyond, item.keys.seen_until(pattern, position)};
-      }
-      shared.rows[n % 2][row] = k_row;
-      shared.seen[n % 2][row] = seen;
-    }
+    list_rows<Traits>(params.pattern, item, shared.rows[n % 2]);
     named_barrier_sync(kLoaderBarrier, Traits::kLoaderThreads);
 
-    const auto first_row = [&](const void* data, const OutStrides& strides) {
-      return static_cast<const T*>(data) + item.sequence.batch * strides.batch +
-             item.kv_head * strides.head + chunk * 8;
-    };
-    const T* const k = first_row(params.k, params.k_strides);
-    const T* const v = first_row(params.v, params.v_strides);
     shared.keys_empty.wait((n & 1) ^ 1);
-#pragma unroll 1
-    for (int row = thread / kChunks; row < Traits::kBlockN; row += kRowsAtOnce) {
-      const int k_row = shared.rows[n % 2][row];
-      const int source = max(k_row, 0);
-      const uint32_t at =
-          chunk / 8 * Traits::kKeyPanelBytes + row * 128 + (chunk % 8 ^ row % 8) * 16;
-      copy_16_bytes(shared_address(shared.k) + at, k + source * params.k_strides.seqlen,
-                    k_row >= 0);
-      copy_16_bytes(shared_address(shared.v) + at, v + source * params.v_strides.seqlen,
-                    k_row >= 0);
-    }
+    load_rows<Traits>(params.k, params.k_strides, item, shared.rows[n % 2], shared.k);
+    forget_registers();
+    load_rows<Traits>(params.v, params.v_strides, item, shared.rows[n % 2], shared.v);
     wait_for_copies();
     fence_async_proxy();
     shared.keys_full.arrive();
     __syncwarp();
-    if (thread % 32 == 0) shared.item_empty[n % 2].arrive();
+    if (loader_thread() % 32 == 0) {
+      shared.loads[loader_thread() / 32] = n + 1;
+      shared.item_empty[n % 2].arrive();
+    }
+    __syncwarp();
   }
 }
 

@@ -15,16 +15,21 @@ struct Step {
   bool masked;  // whether some (query, key) pair of it is not visible
 };
 
+// A key of a tile.
+struct KeyRow {
+  int row;   // in the tensor; -1: the tile has no key here
+  Run seen;  // the positions of the queries that see it
+};
+
 // What the producer keeps in mind, in shared memory: it has few registers.
 struct Stream {
   uint32_t n;     // items so far
   uint32_t step;  // of the Q and dO pipelines
   int next_item;
-  int full_lo, full_hi;  // query tiles between these positions are seen by every key of the item
-  int head;              // of queries
-  int skipped, left;     // steps before the item's first one, and to go
-  int q_tile0;           // number of the head's tile 0 among all heads' query tiles
-  QueryTiles tiles;      // of the head
+  int head;           // of queries
+  int skipped, left;  // steps before the item's first one, and to go
+  int q_tile0;        // number of the head's tile 0 among all heads' query tiles
+  QueryTiles tiles;   // of the head
 };
 
 template <typename T_, int kHeadDim_>
@@ -40,10 +45,12 @@ struct BwdTraits {
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
   static constexpr int kLoaderThreads = 64;  // of the producer warpgroup: they fetch keys
-  // Budget: 65536 registers / 128 threads = 512 for three warpgroups. A math thread holds kHeadDim
-  // of dK and dV, 32 of scores, 32 of dP or dQ, 32 of packed P and dS.
-  static constexpr int kProducerRegisters = 32;
+  // Budget: a block gets 168 registers a thread (65536 / 384, in steps of 8), 504 for one thread of
+  // each warpgroup, and no more when they move. A math thread holds kHeadDim of dK and dV, 32 of
+  // scores and P, 32 of dP or dQ, 16 of dS.
+  static constexpr int kProducerRegisters = 24;
   static constexpr int kMathRegisters = 240;
+  static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= 504);
   // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr uint32_t kQueryPanelBytes = kBlockM * 128;
@@ -65,13 +72,12 @@ struct BwdTraits {
     alignas(1024) uint8_t ds[2][kBlockM * kBlockN * sizeof(T)];
     alignas(16) float dq[kDqFloats];
     alignas(16) float stats[kDoutStages][2][kBlockM];  // LSE in base 2, delta
-    // Of the keys in the tile's rows, for two items: which row of the tensor (or -1), and the
-    // positions of the queries that see it.
-    int rows[2][kBlockN];
-    int2 seen[2][kBlockN];
+    KeyRow rows[2][kBlockN];                           // for two items
     Item items[2];
     Step steps[kQStages];
     Stream stream;
+    uint32_t loads[kLoaderThreads / 32];  // of items, by each of these warps
+    AttentionBwdParams params;  // for the producer: what follows from them it is to compute anew
     Mbarrier item_full[2], item_empty[2];
     Mbarrier keys_full, keys_empty;
     Mbarrier q_full[kQStages], q_empty[kQStages];
