@@ -184,12 +184,10 @@ class QueryTiles {
     int begin = entries + pattern.mask_cols[column];
     int end = entries + pattern.mask_cols[column + 1];
     forget_registers();
-#pragma unroll 1
     while (end > begin && (pattern.mask_cols[end - 1] << pattern.log2_block) >= seen.hi) {
       --end;
       forget_registers();
     }
-#pragma unroll 1
     while (end > begin && ((pattern.mask_cols[begin] + 1) << pattern.log2_block) <= seen.lo) {
       ++begin;
       forget_registers();

@@ -68,7 +68,6 @@ __host__ __device__ inline bool find_key_tile(const AttentionBwdParams& params, 
   // Only a mask tells the query heads of a group apart.
   const bool alike = params.pattern.mask_cols == nullptr;
   item.steps = 0;
-#pragma unroll 1
   for (int member = 0; member < (alike ? 1 : params.plan.group); ++member) {
     item.steps += query_tiles(params, item, item.kv_head * params.plan.group + member).count();
     forget_registers();
