@@ -82,7 +82,6 @@ def attn_fwd_sm90(
     k_starts: int,
     stream: int,
 ) -> None: ...
-
 def attn_bwd_sm90_workspace(
     *,
     pattern: list[int],

@@ -173,9 +173,8 @@ def test_kernels_do_not_spill() -> None:
         assert (used["STACK"], used["LOCAL"]) == ("0", "0"), f"{name}: {resources}"
 
 
-@needs_extension
-def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
-    """Tensor-core instructions, no local memory, and softmax before the wait for P V, which the assembler may move."""
+def hopper_kernels(name: str) -> list[str]:
+    """The machine code of the kernels of this name, if Hopper's were built."""
     from longgen_kernels import _C
 
     if "90a" not in _C.build_info()["cuda_archs"].split(","):
@@ -186,7 +185,13 @@ def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
         capture_output=True,
         text=True,
     ).stdout
-    kernels = [text for text in sass.split("Function : ")[1:] if "attn_fwd_kernel" in text.split("\n", 1)[0]]
+    return [text for text in sass.split("Function : ")[1:] if name in text.split("\n", 1)[0]]
+
+
+@needs_extension
+def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
+    """Tensor-core instructions, no local memory, and softmax before the wait for P V, which the assembler may move."""
+    kernels = hopper_kernels("attn_fwd_kernel")
     assert len(kernels) == 2
     for text in kernels:
         assert text.count("HGMMA") >= 32
@@ -199,3 +204,21 @@ def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
         ]
         assert len(between) == 1
         assert between[0].count("MUFU.EX2") >= 64
+
+
+@needs_extension
+def test_hopper_backward_overlaps_arithmetic_with_matrix_products() -> None:
+    """What a thread computes while products are in flight is not moved behind a wait for them."""
+    kernels = hopper_kernels("attn_bwd_kernel")
+    assert len(kernels) == 2
+    for text in kernels:
+        assert not re.search(r"\b(LDL|STL)\b", text)
+        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)
+        # First scores; then a tile's scores, dP, dV and dQ; then the last dK.
+        assert waits[1::2] == ["0x0", "0x1", "0x1", "0x0", "0x1", "0x0"]
+        first, dp, weights, score_gradients, query_gradients, _, _ = waits[::2]
+        assert [part.count("HGMMA") for part in waits[::2]] == [8, 8, 4, 0, 20, 0, 0]
+        assert "MUFU.EX2" not in first + dp
+        assert weights.count("MUFU.EX2") == 32  # beside dP
+        assert score_gradients.count("STSM") == 4  # beside dV
+        assert "STSM" not in query_gradients
