@@ -144,7 +144,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "attn_bwd_sm90_workspace",
       [](const std::array<int32_t, 9>& pattern, int batch, int seqlen_q, int seqlen_k, int q_heads,
-         int kv_heads, int head_dim, int q_start, int k_start, bool packed, int multiprocessors) {
+         int kv_heads, int head_dim, int q_start, int k_start, bool packed, bool deterministic,
+         int multiprocessors) {
         static const int32_t kAnyOffsets[1] = {};
         AttentionBwdParams params{};
         params.pattern = parse_pattern(pattern, 0);
@@ -157,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
         params.q_start = q_start;
         params.k_start = k_start;
         params.cu_seqlens_q = params.cu_seqlens_k = packed ? kAnyOffsets : nullptr;
+        params.deterministic = deterministic;
         params.multiprocessors = multiprocessors;
         const BwdWorkspace sizes = attn_bwd_sm90_workspace(params);
         return py::dict("stats"_a = sizes.stats, "dq_sum"_a = sizes.dq_sum,
@@ -164,21 +166,21 @@ PYBIND11_MODULE(_C, m) {
       },
       "Numbers of floats in attn_bwd_sm90's workspaces.", py::kw_only(), "pattern"_a, "batch"_a,
       "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "q_start"_a, "k_start"_a,
-      "packed"_a, "multiprocessors"_a);
+      "packed"_a, "deterministic"_a, "multiprocessors"_a);
 
   m.def(
       "attn_bwd_sm90",
-      [](const std::array<int32_t, 9>& pattern, Address mask_cols, int batch, int seqlen_q,
-         int seqlen_k, int q_heads, int kv_heads, int head_dim, const std::string& dtype,
-         float softmax_scale, Address q, const Strides& q_strides, Address k,
-         const Strides& k_strides, Address v, const Strides& v_strides, Address out_,
+      [](const std::array<int32_t, 9>& pattern, Address mask_rows, Address mask_cols, int batch,
+         int seqlen_q, int seqlen_k, int q_heads, int kv_heads, int head_dim,
+         const std::string& dtype, float softmax_scale, Address q, const Strides& q_strides,
+         Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address out_,
          const Strides& out_stride, Address dout, const Strides& dout_strides, Address lse,
          Address dlse, const Strides& dlse_strides, Address dq, Address dk, Address dv, int q_start,
          int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
-         Address k_starts, int multiprocessors, Address stats, Address dq_sum, Address partials,
-         Address next_item, Address stream) {
+         Address k_starts, bool deterministic, int multiprocessors, Address stats, Address dq_sum,
+         Address partials, Address next_item, Address stream) {
         AttentionBwdParams params{};
-        params.pattern = parse_pattern(pattern, 0, mask_cols);
+        params.pattern = parse_pattern(pattern, mask_rows, mask_cols);
         params.batch = batch;
         params.seqlen_q = seqlen_q;
         params.seqlen_k = seqlen_k;
@@ -209,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
         params.cu_seqlens_k = as_ints(cu_seqlens_k);
         params.q_starts = as_ints(q_starts);
         params.k_starts = as_ints(k_starts);
+        params.deterministic = deterministic;
         params.multiprocessors = multiprocessors;
         params.stats = as_floats(stats);
         params.dq_sum = as_floats(dq_sum);
@@ -218,12 +221,13 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         attn_bwd_sm90(params);
       },
-      py::kw_only(), "pattern"_a, "mask_cols"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a,
-      "kv_heads"_a, "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "k"_a,
-      "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a, "dout"_a, "dout_strides"_a,
-      "lse"_a, "dlse"_a, "dlse_strides"_a, "dq"_a, "dk"_a, "dv"_a, "q_start"_a, "k_start"_a,
-      "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a, "multiprocessors"_a,
-      "stats"_a, "dq_sum"_a, "partials"_a, "next_item"_a, "stream"_a);
+      py::kw_only(), "pattern"_a, "mask_rows"_a, "mask_cols"_a, "batch"_a, "seqlen_q"_a,
+      "seqlen_k"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a,
+      "q_strides"_a, "k"_a, "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a, "dout"_a,
+      "dout_strides"_a, "lse"_a, "dlse"_a, "dlse_strides"_a, "dq"_a, "dk"_a, "dv"_a, "q_start"_a,
+      "k_start"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a,
+      "deterministic"_a, "multiprocessors"_a, "stats"_a, "dq_sum"_a, "partials"_a, "next_item"_a,
+      "stream"_a);
 #endif
 
   m.def(

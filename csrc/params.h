@@ -93,6 +93,8 @@ struct BwdPlan {
   int32_t key_slack;                  // packed: slots that a sequence has beyond its length
   int32_t chunks, chunk_steps;        // a global tile's query tiles are shared out in chunks
   int32_t global_items, items;
+  // Deterministic, dQ has a kernel of its own: tiles of 128 rows of a head, and keys in boxes.
+  int32_t row_tiles, row_items, log2_box;
 };
 
 // Sizes in elements.
@@ -124,9 +126,11 @@ struct AttentionBwdParams {
   const int32_t* q_starts;  // (batch,), or nullptr: suffix-aligned
   const int32_t* k_starts;  // (batch,), or nullptr: 0
   int32_t multiprocessors;  // of the device
+  int32_t deterministic;    // every sum in one order
   // Workspaces, written before they are read.
   float* stats;        // (heads and query tiles, 2, 64): LSE in base 2, then delta
-  float* dq_sum;       // (heads and query tiles, 64 * head_dim), as accumulators lie
+  float* dq_sum;       // (heads and query tiles, 64 * head_dim), as accumulators lie; nullptr if
+                       // deterministic
   float* partials;     // (global items, 2, 128 * head_dim), likewise; nullptr without chunks
   int32_t* next_item;  // (1,)
   cudaStream_t stream;

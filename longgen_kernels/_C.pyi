@@ -94,11 +94,13 @@ def attn_bwd_sm90_workspace(
     q_start: int,
     k_start: int,
     packed: bool,
+    deterministic: bool,
     multiprocessors: int,
 ) -> dict[str, int]: ...
 def attn_bwd_sm90(
     *,
     pattern: list[int],
+    mask_rows: int,
     mask_cols: int,
     batch: int,
     seqlen_q: int,
@@ -130,6 +132,7 @@ def attn_bwd_sm90(
     cu_seqlens_k: int,
     q_starts: int,
     k_starts: int,
+    deterministic: bool,
     multiprocessors: int,
     stats: int,
     dq_sum: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -43,40 +44,46 @@ def launches() -> Iterator[list[None]]:
     cuda.attn_bwd = original
 
 
-def takes(case: Case) -> bool:
+def takes(case: Case, deterministic: bool = False) -> bool:
     """Whether the kernel takes the case; what it does not take runs on Triton and is tested there."""
+    if deterministic and isinstance(case.pattern, A) and case.pattern.stride and (case.pattern.block_size or 0) < 16:
+        return False
     if case.layout == "odd" or (isinstance(case.pattern, BlockMask) and case.pattern.block_size < 128):
         return False
     return sum(case.seqlens_q) + case.spare_rows > 0 and sum(case.seqlens_k) + case.spare_rows > 0
 
 
-def check(case: Case, launches: list[None]) -> None:
+def check(case: Case, launches: list[None], *, deterministic: bool = False) -> None:
     """Forward on whatever is fastest, backward on the Hopper kernel: together as accurate as plain PyTorch."""
     inputs = make_inputs(case, "cuda")
     before = len(launches)
-    got = results(inputs, attend)
-    assert len(launches) == before + takes(case)
+    got = results(inputs, attend, deterministic=deterministic)
+    assert len(launches) == before + takes(case, deterministic)
     assert_as_accurate_as_plain_pytorch(got, inputs)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("case", named_cases(), ids=str)
-def test_named_case(case: Case, dtype: torch.dtype, launches: list[None], poison: object) -> None:
+def test_named_case(case: Case, dtype: torch.dtype, deterministic: bool, launches: list[None], poison: object) -> None:
     case = case.at(dtype, 128)
-    if not takes(case):
+    if not takes(case, deterministic):
         pytest.skip("not for this kernel")
-    check(case, launches)
+    check(case, launches, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("kind", patterns_of_every_kind(SIZE))
-def test_every_kind_of_pattern(kind: str, is_packed: bool, launches: list[None], poison: object) -> None:
+def test_every_kind_of_pattern(
+    kind: str, is_packed: bool, deterministic: bool, launches: list[None], poison: object
+) -> None:
     pattern = patterns_of_every_kind(SIZE)[kind]
     heads = {"q_heads": 4, "kv_heads": 2}
     case = dense(kind, pattern, 2 * SIZE + 9, 3 * SIZE + 9, batch=2, **heads)
     if is_packed:
         case = packed(kind, pattern, (SIZE + 9, 5, 2 * SIZE), (SIZE + 9, 3 * SIZE, 7), **heads)
-    check(case.at(BF16, 128), launches)
+    check(case.at(BF16, 128), launches, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
@@ -99,7 +106,7 @@ def test_global_keys_of_few_heads_are_divided(kind: str, kv_heads: int, launches
     sizes = {"batch": 1, "seqlen_q": case.seqlens_q[0], "seqlen_k": case.seqlens_k[0], "q_start": 0, "k_start": 0}
     heads = {"q_heads": 2, "kv_heads": kv_heads, "head_dim": 128}
     counts = _C.attn_bwd_sm90_workspace(
-        pattern=pattern.encode(), **sizes, **heads, packed=False, multiprocessors=132
+        pattern=pattern.encode(), **sizes, **heads, packed=False, deterministic=False, multiprocessors=132
     )  # fmt: skip
     assert counts["partials"] > 0
     check(case, launches)
@@ -110,8 +117,9 @@ def test_global_keys_of_few_heads_are_divided(kind: str, kv_heads: int, launches
 @settings(max_examples=128, print_blob=True)  # times 8 kinds
 def test_random_cases(kind: str, launches: list[None], data: st.DataObject) -> None:
     case = data.draw(random_cases(kind, [(BF16, 128, 1), (HALF, 128, 4), (BF16, 128, 2)], longest=600))
-    if takes(case):
-        check(case, launches)
+    deterministic = data.draw(st.booleans())
+    if takes(case, deterministic):
+        check(case, launches, deterministic=deterministic)
 
 
 # -- how training calls it --------------------------------------------------------------------------------------------
@@ -125,8 +133,8 @@ def leaves(seqlen: int = 700) -> tuple[list[Tensor], Tensor]:
     return [x.requires_grad_() for x in (q, k, v)], dout
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return longgen_attn_func(q, k, v, PATTERN)
+def attention(q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Tensor:
+    return longgen_attn_func(q, k, v, PATTERN, **options)
 
 
 def gradients(function: Callable[..., Tensor], inputs: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
@@ -144,6 +152,15 @@ def test_dk_and_dv_are_bitwise_equal_run_to_run(poison: object) -> None:
     first = gradients(attention, inputs, dout)
     for _ in range(50):
         assert_equal_but_for_the_order_of_dq(gradients(attention, inputs, dout), first)
+
+
+def test_deterministic_gradients_are_bitwise_equal_run_to_run(poison: object) -> None:
+    inputs, dout = leaves(6000)
+    first = gradients(functools.partial(attention, deterministic=True), inputs, dout)
+    assert_equal_but_for_the_order_of_dq(gradients(attention, inputs, dout), first)
+    for _ in range(50):
+        again = gradients(functools.partial(attention, deterministic=True), inputs, dout)
+        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
 
 def test_activation_checkpointing() -> None:

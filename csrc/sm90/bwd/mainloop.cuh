@@ -98,37 +98,30 @@ class BwdMathWarpgroup {
     wgmma_wait<1>();
     pin(dp);
     score_gradients(ds, p, dp, shared_.stats[stage][1]);
-    store_score_gradients(ds, ds_address);
-    fence_async_proxy();
-    // The last dQ has left its place in shared memory, when both warpgroups get past ds_full.
-    if (threadIdx.x % 128 == 0) wait_for_reads();
-    __syncwarp();
-    release(shared_.ds_full);
+    if constexpr (Traits::kAddsDq) {
+      store_score_gradients(ds, ds_address);
+      fence_async_proxy();
+      // The last dQ has left its place in shared memory, when both warpgroups get past ds_full.
+      if (threadIdx.x % 128 == 0) wait_for_reads();
+      __syncwarp();
+      release(shared_.ds_full);
+    }
     wgmma_wait<0>();
     keep(p);
     release(shared_.dout_empty[stage]);
     ++step_;
     issue_scores(s, item, more);
-    shared_.ds_full.wait((step_ - 1) & 1);
-
-    float dq[kScores];
-    issue_query_gradient(dq, ds_address);
-    issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
-    wgmma_wait<1>();
-    pin(dq);
-    float* const staged = shared_.dq + warpgroup_ * kDqFloats;
-    store_accumulators(staged, dq);
-    fence_async_proxy();
-    if (threadIdx.x % 128 / 32 == 0) {
-      named_barrier_sync(kDqBarrier + warpgroup_, 128);
-      if (lane_ == 0) {
-        const int64_t tile = shared_.steps[q_stage].q_tile;
-        add_floats(params_.dq_sum + tile * Traits::kDqFloats + warpgroup_ * kDqFloats, staged,
-                   kDqFloats * sizeof(float));
-      }
-      __syncwarp();
+    if constexpr (Traits::kAddsDq) {
+      shared_.ds_full.wait((step_ - 1) & 1);
+      float dq[kScores];
+      issue_query_gradient(dq, ds_address);
+      issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      wgmma_wait<1>();
+      pin(dq);
+      add_query_gradient(dq, shared_.steps[q_stage].q_tile);
     } else {
-      named_barrier_arrive(kDqBarrier + warpgroup_, 128);
+      issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
     }
   }
 
@@ -202,6 +195,22 @@ class BwdMathWarpgroup {
       }
     }
     wgmma_commit();
+  }
+
+  // Adds this warpgroup's columns of a query tile's dQ to the sums in memory.
+  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kScores], int64_t q_tile) {
+    float* const staged = shared_.dq + warpgroup_ * kDqFloats;
+    store_accumulators(staged, dq);
+    fence_async_proxy();
+    if (threadIdx.x % 128 / 32 == 0) {
+      named_barrier_sync(kDqBarrier + warpgroup_, 128);
+      if (lane_ == 0)
+        add_floats(params_.dq_sum + q_tile * Traits::kDqFloats + warpgroup_ * kDqFloats, staged,
+                   kDqFloats * sizeof(float));
+      __syncwarp();
+    } else {
+      named_barrier_arrive(kDqBarrier + warpgroup_, 128);
+    }
   }
 
   // P = exp2(S - LSE); 0 where a query does not see the key, whatever S is there.
@@ -301,7 +310,7 @@ class BwdMathWarpgroup {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = shared_.rows[n % 2][key_row_ + 8 * half].row;
-      const int64_t at = gradient_offset<Traits>(params_, item, row);
+      const int64_t at = gradient_offset<Traits::kHeadDim>(params_, item, row);
       dk_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dk) + at;
       dv_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dv) + at;
     }

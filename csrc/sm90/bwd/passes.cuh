@@ -72,12 +72,13 @@ __global__ void __launch_bounds__(256)
     stats[row] = blind ? INFINITY : lse * 1.4426950408889634f;
     stats[kQueryTile + row] = blind ? 0.f : delta;
   }
+  if (threadIdx.x == 0 && tile.index == 0) *params.next_item = 0;
+  if (params.dq_sum == nullptr) return;
   float4* const dq_sum = reinterpret_cast<float4*>(params.dq_sum) +
                          static_cast<int64_t>(tile.index) * kQueryTile * kHeadDim / 4;
 #pragma unroll
   for (int i = threadIdx.x; i < kQueryTile * kHeadDim / 4; i += 256)
     dq_sum[i] = float4{0.f, 0.f, 0.f, 0.f};
-  if (threadIdx.x == 0 && tile.index == 0) *params.next_item = 0;
 }
 
 // dQ as a tensor.
@@ -103,10 +104,9 @@ __global__ void __launch_bounds__(kHeadDim * 2)
 
 // dK and dV of the global key tiles from their chunks' sums, always in the same order; grid (tiles,
 // KV heads, batch).
-template <typename Traits>
+template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(256)
     bwd_chunks_kernel(const __grid_constant__ AttentionBwdParams params) {
-  using T = typename Traits::T;
   const BwdPlan& plan = params.plan;
   Item item;
   if (!find_key_tile(params, true, blockIdx.x, blockIdx.y, blockIdx.z, item)) return;
@@ -117,13 +117,13 @@ __global__ void __launch_bounds__(256)
                         blockIdx.x;
 #pragma unroll 1
   for (int which = 0; which < 2; ++which) {  // dK, dV
-    float sum[Traits::kHeadDim / 2] = {};
+    float sum[kHeadDim / 2] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk)
       add_accumulators(params.partials +
                            ((first + static_cast<int64_t>(chunk) * plan.global_slots) * 2 + which) *
-                               Traits::kBlockN * Traits::kHeadDim +
-                           warpgroup * 64 * Traits::kHeadDim,
+                               kKeyTile * kHeadDim +
+                           warpgroup * 64 * kHeadDim,
                        sum);
     T* rows[2];
 #pragma unroll
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(256)
       if (item.keys.owns(row)) {
         const int position = item.keys.position(params.pattern, item.keys.column0 + row);
         rows[half] = static_cast<T*>(which == 0 ? params.dk : params.dv) +
-                     gradient_offset<Traits>(params, item, item.k_row(position));
+                     gradient_offset<kHeadDim>(params, item, item.k_row(position));
       }
     }
     store_rows(rows[0], rows[1], sum, which == 0 ? params.softmax_scale : 1.f);

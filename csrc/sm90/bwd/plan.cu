@@ -1,9 +1,8 @@
 // Counts the backward kernel's items, and decides into how many chunks the longest are divided.
-#include "sm90/bwd/plan.h"
-
 #include <algorithm>
 
 #include "sm90/bwd/items.cuh"
+#include "sm90/bwd/plan.h"
 
 namespace longgen::sm90 {
 namespace {
@@ -65,6 +64,14 @@ BwdPlan make_plan(AttentionBwdParams params) {
       plan.chunks = static_cast<int>((longest + plan.chunk_steps - 1) / plan.chunk_steps);
     }
   }
+  constexpr int kRows = 128;
+  plan.row_tiles = packed ? params.seqlen_q / kRows + 2 * (params.batch + 1)
+                          : ceil_div(params.seqlen_q + (params.q_start & (kRows - 1)), kRows);
+  plan.row_items = plan.row_tiles * params.q_heads * batch;
+  plan.log2_box = 6;
+  const bool has_blocks = pattern.stride != 0 || pattern.mask_cols != nullptr;
+  if (has_blocks) plan.log2_box = std::min(plan.log2_box, pattern.log2_block);
+
   plan.global_items = plan.global_slots * plan.chunks * params.kv_heads * batch;
   plan.items = plan.global_items + plan.local_slots * params.kv_heads * batch;
   return plan;
@@ -73,10 +80,10 @@ BwdPlan make_plan(AttentionBwdParams params) {
 BwdWorkspace workspace(const AttentionBwdParams& params, const BwdPlan& plan) {
   const int64_t batch = params.cu_seqlens_q != nullptr ? 1 : params.batch;
   const int64_t q_tiles = batch * params.q_heads * plan.q_tiles;
-  return {q_tiles * 2 * kQueryTile, q_tiles * kQueryTile * params.head_dim,
-          plan.chunks == 1
-              ? 0
-              : static_cast<int64_t>(plan.global_items) * 2 * kKeyTile * params.head_dim};
+  return {
+      q_tiles * 2 * kQueryTile, params.deterministic ? 0 : q_tiles * kQueryTile * params.head_dim,
+      plan.chunks == 1 ? 0
+                       : static_cast<int64_t>(plan.global_items) * 2 * kKeyTile * params.head_dim};
 }
 
 }  // namespace longgen::sm90

@@ -32,10 +32,12 @@ struct Stream {
   QueryTiles tiles;   // of the head
 };
 
-template <typename T_, int kHeadDim_>
+// With kAddsDq each block adds its part of dQ to the sums in memory.
+template <typename T_, int kHeadDim_, bool kAddsDq_>
 struct BwdTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kAddsDq = kAddsDq_;
   static constexpr int kBlockM = kQueryTile;
   static constexpr int kBlockN = kKeyTile;  // two math warpgroups of 64 keys
   // Q is held from the scores of its tile, issued a tile ahead, to its dK; dO for one tile.
@@ -90,11 +92,11 @@ struct BwdTraits {
 };
 
 // Where row `k_row` of an item's head lies in dK and dV.
-template <typename Traits>
+template <int kHeadDim>
 __device__ __forceinline__ int64_t gradient_offset(const AttentionBwdParams& params,
                                                    const Item& item, int k_row) {
   const int64_t row = static_cast<int64_t>(item.sequence.batch) * params.seqlen_k + k_row;
-  return (row * params.kv_heads + item.kv_head) * Traits::kHeadDim;
+  return (row * params.kv_heads + item.kv_head) * kHeadDim;
 }
 
 }  // namespace longgen::sm90

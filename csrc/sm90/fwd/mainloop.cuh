@@ -8,8 +8,9 @@
 #include "arch/sm90/barrier.cuh"
 #include "arch/sm90/wgmma.cuh"
 #include "attention/key_boxes.cuh"
+#include "attention/key_mask.cuh"
 #include "attention/softmax.cuh"
-#include "sm90/fwd/work.cuh"
+#include "sm90/work.cuh"
 
 namespace longgen::sm90 {
 
@@ -42,7 +43,7 @@ class MathWarpgroup {
     for (int round = 0; round * gridDim.x < params_.work_items; ++round) {
       const int index = work_index(round, params_.work_items);
       if (index < 0) continue;
-      const Work work = work_item<Traits::kBlockM>(params_, index);
+      const Work work = work_item<Traits::kBlockM>(params_, params_.q_tiles, index);
       if (!work.empty()) attend(work);
     }
   }
@@ -195,42 +196,12 @@ class MathWarpgroup {
   }
 
   __device__ __forceinline__ bool needs_mask(const KeyBoxes& boxes, int first_box) const {
-    bool any = false;
-    for (int b = 0; b < boxes_per_tile_; ++b) any |= boxes[first_box + b].masked;
-    return any;
+    return some_masked(boxes, first_box, boxes_per_tile_);
   }
 
-  // Hides what is not visible in the tile that begins at box `first_box`. In a row the visible keys
-  // of a box are an interval, and before it those of the sink.
   __device__ __forceinline__ void mask(float (&s)[kScores], const KeyBoxes& boxes, int first_box,
                                        const Work& work) {
-    const PatternParams& pattern = params_.pattern;
-    const int p0 = work.p_tile + row_;
-    const int window_lo[2] = {boxes.window_lo(p0), boxes.window_lo(p0 + 8)};
-    const int causal_hi[2] = {pattern.causal ? p0 : kNowhere - 1,
-                              pattern.causal ? p0 + 8 : kNowhere - 1};
-#pragma unroll
-    for (int group = 0; group < Traits::kBlockN / 16;
-         ++group) {  // 16 keys never straddle a box or a block
-      const Box box = boxes[first_box + (group * 16 >> params_.log2_box)];
-      const int group_position = box.position + (group * 16 & ((1 << params_.log2_box) - 1));
-      const int j0 = group_position + lane_ % 4 * 2;
-      const bool strided = boxes.is_strided(group_position);
-      const int sink = pattern.sink - j0;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int near = strided ? -kNowhere : window_lo[half] - j0;
-        const int lo = box.lo - j0;
-        const int hi = min(box.hi - 1, causal_hi[half]) - j0;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int c = e / 2 * 8 + e % 2;
-          const bool seen = (c <= hi) & (c >= lo) & ((c >= near) | (c < sink));
-          float& score = s[group * 8 + e / 2 * 4 + half * 2 + e % 2];
-          score = seen ? score : -INFINITY;
-        }
-      }
-    }
+    hide_keys(s, params_.pattern, boxes, first_box, params_.log2_box, work.p_tile + row_);
   }
 
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.

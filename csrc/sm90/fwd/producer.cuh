@@ -3,7 +3,7 @@
 
 #include "arch/sm90/tma.cuh"
 #include "attention/key_boxes.cuh"
-#include "sm90/fwd/work.cuh"
+#include "sm90/work.cuh"
 
 namespace longgen::sm90 {
 
@@ -25,7 +25,7 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
   for (int round = 0; round * gridDim.x < params.work_items; ++round) {
     const int index = work_index(round, params.work_items);
     if (index < 0) continue;
-    const Work work = work_item<Traits::kBlockM>(params, index);
+    const Work work = work_item<Traits::kBlockM>(params, params.q_tiles, index);
     if (work.empty()) continue;
     const int kv_head = work.head / params.group;
     const KeyBoxes boxes(params.pattern, params.log2_box, work.p_first(),

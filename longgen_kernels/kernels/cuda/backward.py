@@ -18,13 +18,20 @@ from longgen_kernels.kernels.cuda.arguments import (
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import BlockMask
 
+_SMALLEST_BOX = 16  # keys that the kernel of deterministic dQ fetches at once
+
 
 def backward_unsupported(problem: AttentionProblem) -> str | None:
     """None if the Hopper backward kernel runs the problem, otherwise the reason."""
     reason = hopper_unsupported(problem)
-    if reason is None and problem.deterministic:
-        return "adds up dQ in no fixed order, and deterministic=True asks for one"
-    return reason
+    if reason is not None:
+        return reason
+    pattern = problem.pattern
+    if problem.deterministic and not isinstance(pattern, BlockMask) and pattern.stride is not None:
+        block_size = pattern.block_size or 1
+        if block_size < _SMALLEST_BOX:
+            return f"takes strided blocks of at least {_SMALLEST_BOX} tokens with deterministic=True, got {block_size}"
+    return None
 
 
 def attn_bwd(
@@ -32,8 +39,8 @@ def attn_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous.
 
-    Workspace: an fp32 copy of dQ, two fp32 numbers per query row and head, and for few heads the partial sums of
-    global keys' chunks, some of dK's and dV's size in fp32.
+    Workspace: two fp32 numbers per query row and head; unless deterministic an fp32 copy of dQ, which is added up in
+    no fixed order; for few heads the partial sums of global keys' chunks, at most some 70 MB.
     """
     from longgen_kernels import _C
 
@@ -52,6 +59,7 @@ def attn_bwd(
         "head_dim": problem.head_dim,
         "q_start": problem.q_start,
         "k_start": problem.k_start,
+        "deterministic": problem.deterministic,
         "multiprocessors": _multiprocessors(q.device),
     }
     floats = _C.attn_bwd_sm90_workspace(**sizes, packed=problem.varlen)
@@ -65,6 +73,7 @@ def attn_bwd(
     with torch.cuda.device(q.device):
         _C.attn_bwd_sm90(
             **sizes,
+            mask_rows=address(pattern.rows if isinstance(pattern, BlockMask) else None),
             mask_cols=address(pattern.cols if isinstance(pattern, BlockMask) else None),
             dtype=DTYPE_NAMES[q.dtype],
             softmax_scale=problem.softmax_scale,

@@ -27,10 +27,10 @@ __device__ __forceinline__ int work_index(int round, int items) {
 
 // Item `index` of the grid's list: query tiles fastest and, as the last ones of a causal pattern
 // are its longest, in descending order; so that blocks at work share the keys of one head in L2.
-template <int kBlockM>
-__device__ __forceinline__ Work work_item(const AttentionFwdParams& params, int index) {
-  int tile = params.q_tiles - 1 - index % params.q_tiles;
-  index /= params.q_tiles;
+template <int kBlockM, typename Params>
+__device__ __forceinline__ Work work_item(const Params& params, int q_tiles, int index) {
+  int tile = q_tiles - 1 - index % q_tiles;
+  index /= q_tiles;
   const int head = index % params.q_heads;
   const Sequence sequence = params.cu_seqlens_q == nullptr
                                 ? dense_sequence(params, index / params.q_heads)
