@@ -210,17 +210,27 @@ def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
 def test_hopper_backward_overlaps_arithmetic_with_matrix_products() -> None:
     """What a thread computes while products are in flight is not moved behind a wait for them."""
     kernels = hopper_kernels("attn_bwd_kernel")
-    assert len(kernels) == 4
-    adding_dq = [text for text in kernels if "UBLKRED" in text]
-    assert len(adding_dq) == 2
-    for text in adding_dq:
-        assert not re.search(r"\b(LDL|STL)\b", text)
+    assert len(kernels) == 4  # of each dtype one that adds up dQ and, for deterministic gradients, one that does not
+    for text in kernels:
+        adds_dq = "UBLKRED" in text
         waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)
-        # First scores; then a tile's scores, dP, dV and dQ; then the last dK.
+        # First scores; then a tile's scores, dP, dV and dQ (or the next scores); then the last dK.
         assert waits[1::2] == ["0x0", "0x1", "0x1", "0x0", "0x1", "0x0"]
-        first, dp, weights, score_gradients, query_gradients, _, _ = waits[::2]
-        assert [part.count("HGMMA") for part in waits[::2]] == [8, 8, 4, 0, 20, 0, 0]
-        assert "MUFU.EX2" not in first + dp
-        assert weights.count("MUFU.EX2") == 32  # beside dP
-        assert score_gradients.count("STSM") == 4  # beside dV
-        assert "STSM" not in query_gradients
+        products = [part.count("HGMMA") for part in waits[::2]]
+        assert products == [8, 8, 4, 0, 20 if adds_dq else 12, 0, 0]
+        assert waits[4].count("MUFU.EX2") == 32  # beside dP
+        assert waits[6].count("F2FP") == 16  # dS, beside dV
+        assert waits[6].count("STSM") == (4 if adds_dq else 0)
+    assert sum("UBLKRED" in text for text in kernels) == 2
+
+
+@needs_extension
+def test_hopper_deterministic_dq_overlaps_arithmetic_with_matrix_products() -> None:
+    kernels = hopper_kernels("bwd_dq_rows_kernel")
+    assert len(kernels) == 2
+    for text in kernels:
+        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)
+        assert waits[1::2] == ["0x0", "0x1", "0x1", "0x1", "0x0"]
+        assert [part.count("HGMMA") for part in waits[::2]] == [8, 8, 8, 4, 0, 0]
+        assert waits[4].count("MUFU.EX2") == 32  # beside dP
+        assert waits[6].count("F2FP") == 16  # dS, beside the next scores

@@ -105,6 +105,8 @@ class BwdMathWarpgroup {
       if (threadIdx.x % 128 == 0) wait_for_reads();
       __syncwarp();
       release(shared_.ds_full);
+    } else {
+      anchor(ds);
     }
     wgmma_wait<0>();
     keep(p);
@@ -276,6 +278,17 @@ class BwdMathWarpgroup {
     for (int c = 0; c < Traits::kBlockM / 16; ++c)
       store_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
                        ds[4 * c + 3]);
+  }
+
+  // dS is to be computed beside dV. The assembler sees no reason against waiting for dV first,
+  // except the order of memory accesses: so the end of dS becomes one, of a word that nobody reads.
+  __device__ __forceinline__ void anchor(const uint32_t (&ds)[kScores / 2]) {
+    uint32_t mixed = 0;
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) mixed ^= ds[i];
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(shared_.ds) + threadIdx.x * 4),
+                 "r"(mixed)
+                 : "memory");
   }
 
   // In a packed batch a query tile may reach into other sequences, or into rows of none. What they
