@@ -1,4 +1,4 @@
-// The producer warpgroup: one thread hands out items and keeps the tiles of Q and dO coming, two
+// The producer warpgroup: one thread hands out items and keeps the tiles of Q and dO coming, three
 // warps fetch K and V.
 #pragma once
 
@@ -9,7 +9,7 @@
 namespace longgen::sm90 {
 
 constexpr int kLoaderBarrier = 1;
-constexpr int kFirstLoader = 64;  // the thread
+constexpr int kFirstLoader = 32;  // the thread
 
 // Copies one tile of 64 query rows.
 template <typename Traits>

@@ -46,7 +46,7 @@ struct BwdTraits {
   static constexpr int kMathWarpgroups = kBlockN / 64;
   static constexpr int kMathWarps = 4 * kMathWarpgroups;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
-  static constexpr int kLoaderThreads = 64;  // of the producer warpgroup: they fetch keys
+  static constexpr int kLoaderThreads = 96;  // of the producer warpgroup: they fetch keys
   // Budget: a block gets 168 registers a thread (65536 / 384, in steps of 8), 504 for one thread of
   // each warpgroup, and no more when they move. A math thread holds kHeadDim of dK and dV, 32 of
   // scores and P, 32 of dP or dQ, 16 of dS.
