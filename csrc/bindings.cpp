@@ -41,9 +41,12 @@ AttnState attn_state(Address out, const Strides& out_stride, Address lse,
 }
 
 const int32_t* as_ints(Address address) { return reinterpret_cast<const int32_t*>(address); }
+float* as_floats(Address address) { return reinterpret_cast<float*>(address); }
 
-// The ints of Python's `pattern.encode()`, and a block mask's rows (0: none).
-PatternParams parse_pattern(const std::array<int32_t, 9>& code, Address mask_rows) {
+// The ints of Python's `pattern.encode()`, and a block mask's rows and columns (0: none, or not
+// needed).
+PatternParams parse_pattern(const std::array<int32_t, 9>& code, Address mask_rows,
+                            Address mask_cols = 0) {
   PatternParams p{};
   p.causal = code[1];
   int block_size = 0;
@@ -66,6 +69,8 @@ PatternParams parse_pattern(const std::array<int32_t, 9>& code, Address mask_row
     p.mask_rows = as_ints(mask_rows);
     p.mask_heads = code[2];
     p.mask_q_blocks = code[3];
+    p.mask_cols = as_ints(mask_cols);
+    p.mask_k_blocks = code[4];
     block_size = code[5];
   }
   while ((1 << p.log2_block) < block_size) ++p.log2_block;
@@ -141,6 +146,94 @@ PYBIND11_MODULE(_C, m) {
       "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "lse"_a, "q_start"_a, "k_start"_a,
       "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a, "block_table"_a, "pages"_a,
       "page_size"_a, "table_pages"_a, "stream"_a);
+
+  m.def(
+      "attn_bwd_sm90_workspace",
+      [](const std::array<int32_t, 9>& pattern, int batch, int seqlen_q, int seqlen_k, int q_heads,
+         int kv_heads, int head_dim, int q_start, int k_start, bool packed, bool deterministic,
+         int multiprocessors) {
+        static const int32_t kAnyOffsets[1] = {};
+        AttentionBwdParams params{};
+        params.pattern = parse_pattern(pattern, 0);
+        params.batch = batch;
+        params.seqlen_q = seqlen_q;
+        params.seqlen_k = seqlen_k;
+        params.q_heads = q_heads;
+        params.kv_heads = kv_heads;
+        params.head_dim = head_dim;
+        params.q_start = q_start;
+        params.k_start = k_start;
+        params.cu_seqlens_q = params.cu_seqlens_k = packed ? kAnyOffsets : nullptr;
+        params.deterministic = deterministic;
+        params.multiprocessors = multiprocessors;
+        const BwdWorkspace sizes = attn_bwd_sm90_workspace(params);
+        return py::dict("stats"_a = sizes.stats, "dq_sum"_a = sizes.dq_sum,
+                        "partials"_a = sizes.partials);
+      },
+      "Numbers of floats in attn_bwd_sm90's workspaces.", py::kw_only(), "pattern"_a, "batch"_a,
+      "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "q_start"_a, "k_start"_a,
+      "packed"_a, "deterministic"_a, "multiprocessors"_a);
+
+  m.def(
+      "attn_bwd_sm90",
+      [](const std::array<int32_t, 9>& pattern, Address mask_rows, Address mask_cols, int batch,
+         int seqlen_q, int seqlen_k, int q_heads, int kv_heads, int head_dim,
+         const std::string& dtype, float softmax_scale, Address q, const Strides& q_strides,
+         Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address out_,
+         const Strides& out_stride, Address dout, const Strides& dout_strides, Address lse,
+         Address dlse, const Strides& dlse_strides, Address dq, Address dk, Address dv, int q_start,
+         int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
+         Address k_starts, bool deterministic, int multiprocessors, Address stats, Address dq_sum,
+         Address partials, Address next_item, Address stream) {
+        AttentionBwdParams params{};
+        params.pattern = parse_pattern(pattern, mask_rows, mask_cols);
+        params.batch = batch;
+        params.seqlen_q = seqlen_q;
+        params.seqlen_k = seqlen_k;
+        params.q_heads = q_heads;
+        params.kv_heads = kv_heads;
+        params.head_dim = head_dim;
+        params.dtype = parse_dtype(dtype);
+        params.softmax_scale = softmax_scale;
+        params.q = reinterpret_cast<const void*>(q);
+        params.k = reinterpret_cast<const void*>(k);
+        params.v = reinterpret_cast<const void*>(v);
+        params.out = reinterpret_cast<const void*>(out_);
+        params.dout = reinterpret_cast<const void*>(dout);
+        params.q_strides = out_strides(q_strides);
+        params.k_strides = out_strides(k_strides);
+        params.v_strides = out_strides(v_strides);
+        params.out_strides = out_strides(out_stride);
+        params.dout_strides = out_strides(dout_strides);
+        params.lse = as_floats(lse);
+        params.dlse = as_floats(dlse);
+        params.dlse_strides = lse_strides(dlse_strides);
+        params.dq = reinterpret_cast<void*>(dq);
+        params.dk = reinterpret_cast<void*>(dk);
+        params.dv = reinterpret_cast<void*>(dv);
+        params.q_start = q_start;
+        params.k_start = k_start;
+        params.cu_seqlens_q = as_ints(cu_seqlens_q);
+        params.cu_seqlens_k = as_ints(cu_seqlens_k);
+        params.q_starts = as_ints(q_starts);
+        params.k_starts = as_ints(k_starts);
+        params.deterministic = deterministic;
+        params.multiprocessors = multiprocessors;
+        params.stats = as_floats(stats);
+        params.dq_sum = as_floats(dq_sum);
+        params.partials = as_floats(partials);
+        params.next_item = reinterpret_cast<int32_t*>(next_item);
+        params.stream = as_stream(stream);
+        py::gil_scoped_release release;
+        attn_bwd_sm90(params);
+      },
+      py::kw_only(), "pattern"_a, "mask_rows"_a, "mask_cols"_a, "batch"_a, "seqlen_q"_a,
+      "seqlen_k"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a,
+      "q_strides"_a, "k"_a, "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a, "dout"_a,
+      "dout_strides"_a, "lse"_a, "dlse"_a, "dlse_strides"_a, "dq"_a, "dk"_a, "dv"_a, "q_start"_a,
+      "k_start"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a,
+      "deterministic"_a, "multiprocessors"_a, "stats"_a, "dq_sum"_a, "partials"_a, "next_item"_a,
+      "stream"_a);
 #endif
 
   m.def(

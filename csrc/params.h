@@ -89,10 +89,69 @@ struct AttentionFwdParams {
   int32_t group, q_tiles, work_items, log2_box, log2_page;
 };
 
+// How the items of the backward kernel are numbered: first the key tiles that hold sink or strided
+// keys, the longest, then the others; each by head, and packed, by slot (see packed_sequence).
+struct BwdPlan {
+  int32_t group;                      // query heads of a KV head
+  int32_t q_tiles;                    // of 64 rows, of a head; packed, slots
+  int32_t global_slots, local_slots;  // key tiles of a head
+  int32_t key_slack;                  // packed: slots that a sequence has beyond its length
+  int32_t chunks, chunk_steps;        // a global tile's query tiles are shared out in chunks
+  int32_t global_items, items;
+  // Deterministic, dQ has a kernel of its own: tiles of 128 rows of a head, and keys in boxes.
+  int32_t row_tiles, row_items, log2_box;
+};
+
+// Sizes in elements.
+struct BwdWorkspace {
+  int64_t stats, dq_sum, partials;
+};
+
+struct AttentionBwdParams {
+  PatternParams pattern;
+  // Sizes; packed, batch counts sequences and seqlen_q, seqlen_k are the total rows.
+  int32_t batch, seqlen_q, seqlen_k, q_heads, kv_heads, head_dim;
+  DType dtype;
+  float softmax_scale;
+  const void* q;     // (batch, seqlen_q, q_heads, head_dim), 16-byte aligned, as all that follow
+  const void* k;     // (batch, seqlen_k, kv_heads, head_dim)
+  const void* v;     // (batch, seqlen_k, kv_heads, head_dim)
+  const void* out;   // (batch, seqlen_q, q_heads, head_dim)
+  const void* dout;  // (batch, seqlen_q, q_heads, head_dim)
+  OutStrides q_strides, k_strides, v_strides, out_strides, dout_strides;
+  const float* lse;   // (batch, q_heads, seqlen_q), contiguous
+  const float* dlse;  // (batch, q_heads, seqlen_q), or nullptr: 0
+  LseStrides dlse_strides;
+  void* dq;                     // (batch, seqlen_q, q_heads, head_dim), contiguous
+  void* dk;                     // (batch, seqlen_k, kv_heads, head_dim), contiguous
+  void* dv;                     // (batch, seqlen_k, kv_heads, head_dim), contiguous
+  int32_t q_start, k_start;     // positions of the first rows, when not packed
+  const int32_t* cu_seqlens_q;  // (batch + 1,), or nullptr: not packed; likewise cu_seqlens_k
+  const int32_t* cu_seqlens_k;
+  const int32_t* q_starts;  // (batch,), or nullptr: suffix-aligned
+  const int32_t* k_starts;  // (batch,), or nullptr: 0
+  int32_t multiprocessors;  // of the device
+  int32_t deterministic;    // every sum in one order
+  // Workspaces, written before they are read.
+  float* stats;        // (heads and query tiles, 2, 64): LSE in base 2, then delta
+  float* dq_sum;       // (heads and query tiles, 64 * head_dim), as accumulators lie; nullptr if
+                       // deterministic
+  float* partials;     // (global items, 2, 128 * head_dim), likewise; nullptr without chunks
+  int32_t* next_item;  // (1,)
+  cudaStream_t stream;
+  // Set by the launch.
+  float scale_log2;
+  BwdPlan plan;
+};
+
 // Each enqueues its kernel on `stream` of the current device, allocates nothing, waits for nothing,
 // and throws std::runtime_error when the launch fails. Empty shapes launch nothing.
 void merge_attn_states(const MergeParams& params);
 void merge_attn_states_bwd(const MergeBwdParams& params);
 void attn_fwd_sm90(const AttentionFwdParams& params);
+void attn_bwd_sm90(const AttentionBwdParams& params);
+
+// What attn_bwd_sm90 needs for these sizes, pattern and multiprocessors; reads no pointer.
+BwdWorkspace attn_bwd_sm90_workspace(const AttentionBwdParams& params);
 
 }  // namespace longgen

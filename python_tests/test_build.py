@@ -175,9 +175,8 @@ def test_kernels_do_not_spill() -> None:
         assert (used["STACK"], used["LOCAL"]) == ("0", "0"), f"{name}: {resources}"
 
 
-@needs_extension
-def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
-    """Tensor-core instructions, no local memory, and softmax before the wait for P V, which the assembler may move."""
+def hopper_kernels(name: str) -> list[str]:
+    """The machine code of the kernels of this name, if Hopper's were built."""
     from longgen_kernels import _C
 
     if "90a" not in _C.build_info()["cuda_archs"].split(","):
@@ -188,7 +187,13 @@ def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
         capture_output=True,
         text=True,
     ).stdout
-    kernels = [text for text in sass.split("Function : ")[1:] if "attn_fwd_kernel" in text.split("\n", 1)[0]]
+    return [text for text in sass.split("Function : ")[1:] if name in text.split("\n", 1)[0]]
+
+
+@needs_extension
+def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
+    """Tensor-core instructions, no local memory, and softmax before the wait for P V, which the assembler may move."""
+    kernels = hopper_kernels("attn_fwd_kernel")
     assert len(kernels) == 4
     for text in kernels:
         assert text.count("HGMMA") >= 24
@@ -202,3 +207,33 @@ def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
         ]
         assert len(between) == 1
         assert between[0].count("MUFU.EX2") >= 64
+
+
+@needs_extension
+def test_hopper_backward_overlaps_arithmetic_with_matrix_products() -> None:
+    """What a thread computes while products are in flight is not moved behind a wait for them."""
+    kernels = hopper_kernels("attn_bwd_kernel")
+    assert len(kernels) == 4  # of each dtype one that adds up dQ and, for deterministic gradients, one that does not
+    for text in kernels:
+        adds_dq = "UBLKRED" in text
+        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)
+        # First scores; then a tile's scores, dP, dV and dQ (or the next scores); then the last dK.
+        assert waits[1::2] == ["0x0", "0x1", "0x1", "0x0", "0x1", "0x0"]
+        products = [part.count("HGMMA") for part in waits[::2]]
+        assert products == [8, 8, 4, 0, 20 if adds_dq else 12, 0, 0]
+        assert waits[4].count("MUFU.EX2") == 32  # beside dP
+        assert waits[6].count("F2FP") == 16  # dS, beside dV
+        assert waits[6].count("STSM") == (4 if adds_dq else 0)
+    assert sum("UBLKRED" in text for text in kernels) == 2
+
+
+@needs_extension
+def test_hopper_deterministic_dq_overlaps_arithmetic_with_matrix_products() -> None:
+    kernels = hopper_kernels("bwd_dq_rows_kernel")
+    assert len(kernels) == 2
+    for text in kernels:
+        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)
+        assert waits[1::2] == ["0x0", "0x1", "0x1", "0x1", "0x0"]
+        assert [part.count("HGMMA") for part in waits[::2]] == [8, 8, 8, 4, 0, 0]
+        assert waits[4].count("MUFU.EX2") == 32  # beside dP
+        assert waits[6].count("F2FP") == 16  # dS, beside the next scores

@@ -34,7 +34,7 @@ def runs(case: Case) -> bool:
 
 
 def check(case: Case) -> None:
-    """Forward on the Hopper kernel, backward on Triton: together as accurate as plain PyTorch."""
+    """Forward on the Hopper kernel, backward on whatever is fastest: together as accurate as plain PyTorch."""
     inputs = make_inputs(case, "cuda")
     with torch.no_grad():
         out, lse = attend(inputs, inputs.q, inputs.k, inputs.v, backend="auto")
@@ -95,13 +95,6 @@ def test_takes_every_kind_of_pattern_and_says_what_it_does_not_take() -> None:
         (q, A.strided(4, 8, window=100), "16 tokens, got 8"),
     ):
         assert word in str(explain_attention(x, x, x, pattern)["cuda"])
-
-
-def test_an_explicit_backend_without_a_backward_pass_raises_in_backward() -> None:
-    q = torch.randn(1, 300, 4, 128, dtype=BF16, device="cuda", requires_grad=True)
-    out = longgen_attn_func(q, q, q, A.causal(), backend="cuda")
-    with pytest.raises(NotImplementedError, match="backward"):
-        out.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)

@@ -20,6 +20,9 @@ struct PatternParams {
   // in each row.
   const int32_t* mask_rows;
   int32_t mask_heads, mask_q_blocks;
+  // The same by columns, (heads * k_blocks + 1,) offsets: what the backward pass reads.
+  const int32_t* mask_cols;
+  int32_t mask_k_blocks;
 };
 
 }  // namespace longgen

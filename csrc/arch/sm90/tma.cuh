@@ -1,5 +1,5 @@
-// The bulk tensor copy engine: tiles of (head_dim, seqlen, heads, batch) tensors into shared
-// memory.
+// The bulk copy engine: tiles of (head_dim, seqlen, heads, batch) tensors into shared memory, and
+// runs of bytes both ways.
 #pragma once
 
 #include <cuda.h>
@@ -22,6 +22,36 @@ __device__ __forceinline__ void copy_box(const CUtensorMap& map, Mbarrier& done,
       " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(shared)),
       "l"(&map), "r"(shared_address(&done)), "r"(dim), "r"(row), "r"(head), "r"(batch)
       : "memory");
+}
+
+// Copies a run of bytes: all three multiples of 16.
+__device__ __forceinline__ void copy_bytes(const void* global, Mbarrier& done, void* shared,
+                                           uint32_t bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(&done))
+      : "memory");
+}
+
+// Adds a run of floats in shared memory to one in global memory, in no fixed order with others'.
+// Starts a group of its own, which the same thread waits for.
+__device__ __forceinline__ void add_floats(float* global, const void* shared, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(global),
+      "r"(shared_address(shared)), "r"(bytes)
+      : "memory");
+}
+
+// Until this thread's additions have read their shared memory.
+__device__ __forceinline__ void wait_for_reads() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Until they are done.
+__device__ __forceinline__ void wait_for_writes() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 }  // namespace longgen::sm90

@@ -50,6 +50,31 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, uint32_t bytes) {
   return operand + (bytes >> 4);
 }
 
+// Two neighbouring accumulators as one register of an A fragment.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float lo, float hi);
+template <>
+__device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
+  const __half2 packed = __floats2half2_rn(lo, hi);
+  return reinterpret_cast<const uint32_t&>(packed);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
+  const __nv_bfloat162 packed = __floats2bfloat162_rn(lo, hi);
+  return reinterpret_cast<const uint32_t&>(packed);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t pair);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
+  return __half22float2(reinterpret_cast<const __half2&>(pair));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
+  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000)};
+}
+
 template <int N, typename T>
 struct Wgmma;
 
@@ -57,56 +82,67 @@ struct Wgmma;
 #define LONGGEN_NAMES_64                                                   \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define LONGGEN_OPERANDS_64                                                                       \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),    \
-      "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),  \
-      "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),  \
-      "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define LONGGEN_OPERANDS_64(mode)                                                                 \
+  mode(d[0]), mode(d[1]), mode(d[2]), mode(d[3]), mode(d[4]), mode(d[5]), mode(d[6]), mode(d[7]), \
+      mode(d[8]), mode(d[9]), mode(d[10]), mode(d[11]), mode(d[12]), mode(d[13]), mode(d[14]),    \
+      mode(d[15]), mode(d[16]), mode(d[17]), mode(d[18]), mode(d[19]), mode(d[20]), mode(d[21]),  \
+      mode(d[22]), mode(d[23]), mode(d[24]), mode(d[25]), mode(d[26]), mode(d[27]), mode(d[28]),  \
+      mode(d[29]), mode(d[30]), mode(d[31])
 #define LONGGEN_NAMES_128                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define LONGGEN_OPERANDS_128                                                                      \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-      "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]),    \
-      "+f"(d[15]), "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]),  \
-      "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]),  \
-      "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]),  \
-      "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), "+f"(d[41]), "+f"(d[42]),  \
-      "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), "+f"(d[49]),  \
-      "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),  \
-      "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define LONGGEN_OPERANDS_128(mode)                                                                \
+  mode(d[0]), mode(d[1]), mode(d[2]), mode(d[3]), mode(d[4]), mode(d[5]), mode(d[6]), mode(d[7]), \
+      mode(d[8]), mode(d[9]), mode(d[10]), mode(d[11]), mode(d[12]), mode(d[13]), mode(d[14]),    \
+      mode(d[15]), mode(d[16]), mode(d[17]), mode(d[18]), mode(d[19]), mode(d[20]), mode(d[21]),  \
+      mode(d[22]), mode(d[23]), mode(d[24]), mode(d[25]), mode(d[26]), mode(d[27]), mode(d[28]),  \
+      mode(d[29]), mode(d[30]), mode(d[31]), mode(d[32]), mode(d[33]), mode(d[34]), mode(d[35]),  \
+      mode(d[36]), mode(d[37]), mode(d[38]), mode(d[39]), mode(d[40]), mode(d[41]), mode(d[42]),  \
+      mode(d[43]), mode(d[44]), mode(d[45]), mode(d[46]), mode(d[47]), mode(d[48]), mode(d[49]),  \
+      mode(d[50]), mode(d[51]), mode(d[52]), mode(d[53]), mode(d[54]), mode(d[55]), mode(d[56]),  \
+      mode(d[57]), mode(d[58]), mode(d[59]), mode(d[60]), mode(d[61]), mode(d[62]), mode(d[63])
 
 // One instruction shape: `A0` to `A6` are the names that follow the accumulators'. Both operands
 // are K-major, or with kTransB B is N-major; `accumulate` false overwrites d.
-#define LONGGEN_WGMMA(N, T, TYPE, A0, A1, A2, A3, A4, A5, A6)                                  \
-  template <>                                                                                  \
-  struct Wgmma<N, T> {                                                                         \
-    template <bool kTransB>                                                                    \
-    __device__ __forceinline__ static void ss(float (&d)[N / 2], uint64_t a, uint64_t b,       \
-                                              bool accumulate) {                               \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A2                                      \
-                   ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE             \
-                   " {" LONGGEN_NAMES_##N "}, " A0 ", " A1 ", p, 1, 1, 0, " A3 ";\n}\n"        \
-                   : LONGGEN_OPERANDS_##N                                                      \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransB ? 1 : 0)); \
-    }                                                                                          \
-    template <bool kTransB>                                                                    \
-    __device__ __forceinline__ static void rs(float (&d)[N / 2], const uint32_t (&a)[4],       \
-                                              uint64_t b, bool accumulate) {                   \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A5                                      \
-                   ", 0;\n"                                                                    \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE             \
-                   " {" LONGGEN_NAMES_##N                                                      \
-                   "}, "                                                                       \
-                   "{" A0 ", " A1 ", " A2 ", " A3 "}, " A4 ", p, 1, 1, " A6 ";\n}\n"           \
-                   : LONGGEN_OPERANDS_##N                                                      \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                       \
-                     "r"(static_cast<int>(accumulate)), "n"(kTransB ? 1 : 0));                 \
-    }                                                                                          \
+#define LONGGEN_WGMMA(N, T, TYPE, A0, A1, A2, A3, A4, A5, A6)                                      \
+  template <>                                                                                      \
+  struct Wgmma<N, T> {                                                                             \
+    template <bool kTransB>                                                                        \
+    __device__ __forceinline__ static void ss(float (&d)[N / 2], uint64_t a, uint64_t b,           \
+                                              bool accumulate) {                                   \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A2                                          \
+                   ", 0;\n"                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
+                   " {" LONGGEN_NAMES_##N "}, " A0 ", " A1 ", p, 1, 1, 0, " A3 ";\n}\n"            \
+                   : LONGGEN_OPERANDS_##N("+f")                                                    \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransB ? 1 : 0));     \
+    }                                                                                              \
+    /* Overwrites d, which need not have a value: a product that follows others in flight must not \
+       wait for what earlier computation left there. */                                            \
+    template <bool kTransB>                                                                        \
+    __device__ __forceinline__ static void ss_first(float (&d)[N / 2], uint64_t a, uint64_t b) {   \
+      asm volatile(                                                                                \
+          "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"                                               \
+          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" LONGGEN_NAMES_##N   \
+          "}, " A0 ", " A1 ", p, 1, 1, 0, " A2 ";\n}\n"                                            \
+          : LONGGEN_OPERANDS_##N("=f")                                                             \
+          : "l"(a), "l"(b), "n"(kTransB ? 1 : 0));                                                 \
+    }                                                                                              \
+    template <bool kTransB>                                                                        \
+    __device__ __forceinline__ static void rs(float (&d)[N / 2], const uint32_t (&a)[4],           \
+                                              uint64_t b, bool accumulate) {                       \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A5                                          \
+                   ", 0;\n"                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
+                   " {" LONGGEN_NAMES_##N                                                          \
+                   "}, "                                                                           \
+                   "{" A0 ", " A1 ", " A2 ", " A3 "}, " A4 ", p, 1, 1, " A6 ";\n}\n"               \
+                   : LONGGEN_OPERANDS_##N("+f")                                                    \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                           \
+                     "r"(static_cast<int>(accumulate)), "n"(kTransB ? 1 : 0));                     \
+    }                                                                                              \
   }
 LONGGEN_WGMMA(64, __half, "f16", "%32", "%33", "%34", "%35", "%36", "%37", "%38");
 LONGGEN_WGMMA(64, __nv_bfloat16, "bf16", "%32", "%33", "%34", "%35", "%36", "%37", "%38");

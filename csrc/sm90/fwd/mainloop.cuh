@@ -9,27 +9,14 @@
 #include "arch/sm90/wgmma.cuh"
 #include "attention/key_boxes.cuh"
 #include "attention/softmax.cuh"
+#include "params.h"
 #include "sm90/fwd/traits.cuh"
-#include "sm90/fwd/work.cuh"
 
 namespace longgen::sm90 {
 
 // Named barriers; 0 is __syncthreads.
 constexpr int kTurnBarrier = 1;      // + warpgroup: its turn to issue
 constexpr int kEpilogueBarrier = 3;  // + warpgroup: its rows are staged
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float lo, float hi);
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
-  const __half2 packed = __floats2half2_rn(lo, hi);
-  return reinterpret_cast<const uint32_t&>(packed);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
-  const __nv_bfloat162 packed = __floats2bfloat162_rn(lo, hi);
-  return reinterpret_cast<const uint32_t&>(packed);
-}
 
 template <typename Traits>
 class MathWarpgroup {

@@ -5,7 +5,7 @@
 #include "arch/sm90/tma.cuh"
 #include "attention/key_boxes.cuh"
 #include "sm90/fwd/traits.cuh"
-#include "sm90/fwd/work.cuh"
+#include "sm90/work.cuh"
 
 namespace longgen::sm90 {
 
@@ -15,8 +15,10 @@ __device__ __forceinline__ void for_each_item(const AttentionFwdParams& params, 
   for (int round = 0; round * gridDim.x < params.work_items; ++round) {
     const int index = work_index(round, params.work_items);
     if (index < 0) continue;
-    const Work work = work_item<Traits::kBlockM>(params, index);
+    Work work = work_item<Traits::kBlockM>(params, params.q_tiles, index);
     if (work.empty()) continue;
+    if (params.block_table != nullptr)  // a length may not reach past the table
+      work.k_len = min(work.k_len, params.table_pages << params.log2_page);
     const KeyBoxes boxes(params.pattern, params.log2_box, work.p_first(),
                          work.p_last(Traits::kBlockM), work.k_start, work.k_start + work.k_len,
                          work.head, params.q_heads, work.head / params.group);
@@ -68,9 +70,8 @@ __device__ __forceinline__ Place key_place(const AttentionFwdParams& params, con
   if (params.block_table == nullptr) return {row + work.k_row0, work.batch};
   if (row < 0 || row >= work.k_len) return {kNowhere, 0};
   const int page = row >> params.log2_page;
-  return {
-      row & ((1 << params.log2_page) - 1),
-      __ldg(params.block_table + static_cast<int64_t>(work.sequence) * params.table_pages + page)};
+  return {row & ((1 << params.log2_page) - 1),
+          __ldg(params.block_table + static_cast<int64_t>(work.index) * params.table_pages + page)};
 }
 
 template <typename Traits>

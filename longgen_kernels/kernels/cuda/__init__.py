@@ -1,11 +1,13 @@
 """CUDA C++ kernels. Only this package touches `data_ptr()`, strides and streams; it talks to `longgen_kernels._C`."""
 
-from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd, backward_unsupported
+from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd
+from longgen_kernels.kernels.cuda.backward import attn_bwd, backward_unsupported
 from longgen_kernels.kernels.cuda.extension import available, build_info
 from longgen_kernels.kernels.cuda.merge import merge_attn_states, merge_attn_states_bwd, merge_unsupported
 
 __all__ = [
     "attention_unsupported",
+    "attn_bwd",
     "attn_fwd",
     "available",
     "backward_unsupported",

@@ -1,0 +1,32 @@
+// Ordinary asynchronous copies into shared memory, 16 bytes a thread, and stores of matrix
+// fragments.
+#pragma once
+
+#include "arch/sm90/barrier.cuh"
+
+namespace longgen::sm90 {
+
+// Copies 16 bytes, or writes zeros where there is nothing to copy.
+__device__ __forceinline__ void copy_16_bytes(uint32_t shared, const void* global, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+// Until all of this thread's are done.
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// Stores four 8 x 8 matrices of 16-bit elements, transposed. A thread holds, of each, two
+// neighbouring elements of row lane / 4; lanes 8m to 8m + 7 give the addresses of the stored rows
+// (16 bytes) of matrix m.
+__device__ __forceinline__ void store_transposed(uint32_t shared, uint32_t m0, uint32_t m1,
+                                                 uint32_t m2, uint32_t m3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+      "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+      : "memory");
+}
+
+}  // namespace longgen::sm90

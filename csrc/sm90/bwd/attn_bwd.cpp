@@ -1,0 +1,40 @@
+// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+#include "sm90/bwd/plan.h"
+
+namespace longgen {
+namespace sm90 {
+
+template <typename T, int kHeadDim>
+void launch_attn_bwd(AttentionBwdParams params);
+
+extern template void launch_attn_bwd<__half, 128>(AttentionBwdParams);
+extern template void launch_attn_bwd<__nv_bfloat16, 128>(AttentionBwdParams);
+
+}  // namespace sm90
+
+BwdWorkspace attn_bwd_sm90_workspace(const AttentionBwdParams& params) {
+  return sm90::workspace(params, sm90::make_plan(params));
+}
+
+void attn_bwd_sm90(const AttentionBwdParams& params) {
+  if (params.head_dim != 128)
+    throw std::invalid_argument("head_dim is " + std::to_string(params.head_dim) +
+                                "; the kernel was built for 128");
+  switch (params.dtype) {
+    case DType::kFloat16:
+      return sm90::launch_attn_bwd<__half, 128>(params);
+    case DType::kBFloat16:
+      return sm90::launch_attn_bwd<__nv_bfloat16, 128>(params);
+    default:
+      throw std::invalid_argument("the kernel takes float16 and bfloat16");
+  }
+}
+
+}  // namespace longgen

@@ -1,0 +1,103 @@
+// What the persistent blocks of the backward kernel work through: key tiles, each with the query
+// tiles that see it, over all query heads of its KV head.
+#pragma once
+
+#include "attention/key_tiles.cuh"
+#include "attention/sequence.cuh"
+#include "params.h"
+
+namespace longgen::sm90 {
+
+struct Item {
+  KeyTile keys;
+  Sequence sequence;
+  int kv_head;
+  int slot;               // of the global or local tiles of the sequence and head
+  int j_first;            // position of the tile's first key
+  Run some, all;          // the queries that see some key of the tile, and that see every row
+  int first_step, steps;  // of the (query head, query tile) pairs that see the tile
+  int partial;            // where a chunk's sums go, or -1: into the gradients
+  bool stop;              // no item: there are no more
+
+  __host__ __device__ __forceinline__ int q_end() const {
+    return sequence.q_start + sequence.q_len;
+  }
+  // Rows in the tensors of the token at a position.
+  __host__ __device__ __forceinline__ int k_row(int position) const {
+    return sequence.k_row0 - sequence.k_start + position;
+  }
+  __host__ __device__ __forceinline__ int q_row(int position) const {
+    return sequence.q_row0 - sequence.q_start + position;
+  }
+};
+
+// The number, among all heads' query tiles, of tile 0 of a sequence and head.
+__host__ __device__ __forceinline__ int first_query_tile(const AttentionBwdParams& params,
+                                                         const Sequence& sequence, int head) {
+  const int slot =
+      params.cu_seqlens_q == nullptr ? 0 : sequence.q_row0 / kQueryTile + 2 * sequence.index;
+  return (sequence.batch * params.q_heads + head) * params.plan.q_tiles + slot;
+}
+
+__host__ __device__ __forceinline__ QueryTiles query_tiles(const AttentionBwdParams& params,
+                                                           const Item& item, int head) {
+  return QueryTiles(params.pattern, item.some, item.j_first, item.sequence.q_start, head,
+                    params.q_heads);
+}
+
+// The key tile in slot `slot` of the global or local ones, with all its steps. Returns whether it
+// exists.
+__host__ __device__ inline bool find_key_tile(const AttentionBwdParams& params, bool global,
+                                              int slot, int kv_head, int batch, Item& item) {
+  item.kv_head = kv_head;
+  item.slot = slot;
+  item.sequence = params.cu_seqlens_k == nullptr
+                      ? dense_sequence(params, batch)
+                      : packed_sequence<false>(params, kKeyTile, params.plan.key_slack, item.slot);
+  forget_registers();
+  const KeyTiles tiles(params.pattern, item.sequence.k_start,
+                       item.sequence.k_start + item.sequence.k_len, kv_head);
+  if (item.slot >= (global ? tiles.globals() : tiles.locals())) return false;
+  item.keys = tiles[global ? item.slot : tiles.globals() + item.slot];
+  forget_registers();
+  item.j_first = item.keys.first_position(params.pattern);
+  item.some = seen_by_some(params.pattern, item.keys, item.sequence.q_start, item.q_end());
+  forget_registers();
+  item.all = seen_by_all(params.pattern, item.keys);
+  forget_registers();
+  // Only a mask tells the query heads of a group apart.
+  const bool alike = params.pattern.mask_cols == nullptr;
+  item.steps = 0;
+  for (int member = 0; member < (alike ? 1 : params.plan.group); ++member) {
+    item.steps += query_tiles(params, item, item.kv_head * params.plan.group + member).count();
+    forget_registers();
+  }
+  if (alike) item.steps *= params.plan.group;
+  return true;
+}
+
+// Item `index`. Returns whether it exists.
+__host__ __device__ inline bool find_item(const AttentionBwdParams& params, int index, Item& item) {
+  const BwdPlan& plan = params.plan;
+  const bool global = index < plan.global_items;
+  int rest = global ? index : index - plan.global_items;
+  const int slots = global ? plan.global_slots : plan.local_slots;
+  const int slot = rest % slots;
+  rest /= slots;
+  item.first_step = 0;
+  item.partial = -1;
+  item.stop = false;
+  if (global && plan.chunks > 1) {
+    item.first_step = rest % plan.chunks * plan.chunk_steps;
+    item.partial = index;
+  }
+  if (global) rest /= plan.chunks;
+  if (!find_key_tile(params, global, slot, rest % params.kv_heads, rest / params.kv_heads, item))
+    return false;
+  if (item.partial < 0) return true;
+  const int left = item.steps - item.first_step;
+  item.steps = left < 0 ? 0 : left < plan.chunk_steps ? left : plan.chunk_steps;
+  return left > 0 || item.first_step == 0;
+}
+
+}  // namespace longgen::sm90

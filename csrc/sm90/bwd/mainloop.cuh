@@ -1,0 +1,342 @@
+// A math warpgroup: dK and dV of 64 keys, and 64 columns of dQ of every query tile that passes.
+//
+// Scores are computed transposed, keys by queries: P and dS then lie in registers as dV += P^T dO
+// and dK += dS^T Q want them, and only dQ = dS K needs dS in shared memory. Always some matrix
+// product is in flight while a thread computes: dP during exp2, dV and the next tile's scores
+// during dS, dK while dQ is put down.
+#pragma once
+
+#include "arch/sm90/barrier.cuh"
+#include "arch/sm90/shared_copy.cuh"
+#include "arch/sm90/tma.cuh"
+#include "arch/sm90/wgmma.cuh"
+#include "attention/softmax.cuh"
+#include "sm90/bwd/rows.cuh"
+#include "sm90/bwd/traits.cuh"
+
+namespace longgen::sm90 {
+
+// Named barriers; 0 is __syncthreads, 1 the producer's.
+constexpr int kDqBarrier = 2;     // + warpgroup: its part of dQ is staged
+constexpr int kClearBarrier = 4;  // + warpgroup: other sequences' rows are cleared
+
+template <typename Traits>
+class BwdMathWarpgroup {
+  using T = typename Traits::T;
+  static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
+  static constexpr int kGradients = Traits::kHeadDim / 2;
+  static constexpr int kDqFloats = 64 * 64;  // of a warpgroup
+
+ public:
+  __device__ BwdMathWarpgroup(const AttentionBwdParams& params, typename Traits::Shared& shared,
+                              int warpgroup)
+      : params_(params),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        lane_(threadIdx.x % 32),
+        key_row_(warpgroup * 64 + accumulator_row()) {}
+
+  __device__ __forceinline__ void run() {
+    for (uint32_t n = 0;; ++n) {
+      shared_.item_full[n % 2].wait(n / 2 & 1);
+      if (shared_.items[n % 2].stop) break;
+      work(n);
+      __syncwarp();
+      release(shared_.item_empty[n % 2]);
+    }
+    if (threadIdx.x % 128 == 0) wait_for_writes();
+  }
+
+ private:
+  __device__ __forceinline__ void work(uint32_t n) {
+    const Item& item = shared_.items[n % 2];
+    const int steps = item.steps;
+    float dk[kGradients], dv[kGradients];
+#pragma unroll
+    for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
+
+    shared_.keys_full.wait(n & 1);
+    if (steps > 0) {
+      float s[kScores];
+      uint32_t ds[kScores / 2] = {};
+      issue_scores(s, item, true);
+      wgmma_wait<0>();
+      for (int left = steps - 1; left >= 0; --left) {
+        step(dk, dv, s, ds, n, left < steps - 1, left > 0);
+      }
+      wgmma_wait<0>();
+      pin(dk);
+      pin(dv);
+      release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    }
+    release(shared_.keys_empty);
+    finish(n, dk, dv);
+  }
+
+  // One query tile, whose scores are in flight or there.
+  __device__ __forceinline__ void step(float (&dk)[kGradients], float (&dv)[kGradients],
+                                       float (&s)[kScores], uint32_t (&ds)[kScores / 2], uint32_t n,
+                                       bool follows, bool more) {
+    const Item& item = shared_.items[n % 2];
+    const uint32_t q_stage = step_ % Traits::kQStages;
+    const uint32_t stage = step_ % Traits::kDoutStages;
+    const uint32_t ds_address = shared_address(shared_.ds[step_ % 2]);
+    uint32_t p[kScores / 2];
+    float dp[kScores];
+
+    // Scores are there when this tile's dP is the only product in flight; so is the last tile's dK.
+    shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
+    clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
+    issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
+    wgmma_wait<1>();
+    pin(s);
+    keep(ds);
+    if (follows) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    weights(p, s, stage, n, shared_.steps[q_stage]);
+
+    issue_gradient(dv, p, shared_address(shared_.dout[stage]));
+    wgmma_wait<1>();
+    pin(dp);
+    score_gradients(ds, p, dp, shared_.stats[stage][1]);
+    if constexpr (Traits::kAddsDq) {
+      store_score_gradients(ds, ds_address);
+      fence_async_proxy();
+      // The last dQ has left its place in shared memory, when both warpgroups get past ds_full.
+      if (threadIdx.x % 128 == 0) wait_for_reads();
+      __syncwarp();
+      release(shared_.ds_full);
+    } else {
+      anchor(ds);
+    }
+    wgmma_wait<0>();
+    keep(p);
+    release(shared_.dout_empty[stage]);
+    ++step_;
+    issue_scores(s, item, more);
+    if constexpr (Traits::kAddsDq) {
+      shared_.ds_full.wait((step_ - 1) & 1);
+      float dq[kScores];
+      issue_query_gradient(dq, ds_address);
+      issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      wgmma_wait<1>();
+      pin(dq);
+      add_query_gradient(dq, shared_.steps[q_stage].q_tile);
+    } else {
+      issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
+    }
+  }
+
+  // One arrival a warp: a warp's own wgmma_wait says nothing about its neighbours.
+  __device__ __forceinline__ void release(Mbarrier& barrier) {
+    if (lane_ == 0) barrier.arrive();
+  }
+
+  // Registers that a product in flight reads live until it is waited for.
+  __device__ __forceinline__ static void keep(uint32_t (&a)[kScores / 2]) {
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) asm volatile("" : "+r"(a[i])::"memory");
+  }
+
+  // S^T = K Q^T of tile `step_`, when its queries are there.
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Item& item, bool exists) {
+    const uint32_t stage = step_ % Traits::kQStages;
+    if (exists) {
+      shared_.q_full[stage].wait(step_ / Traits::kQStages & 1);
+      clear_neighbours(shared_.q[stage], item, shared_.steps[stage].p_tile);
+    }
+    issue_transposed(s, shared_address(shared_.k), shared_address(shared_.q[stage]));
+  }
+
+  // D = A B^T: this warpgroup's keys by all queries, over head_dim.
+  __device__ __forceinline__ void issue_transposed(float (&d)[kScores], uint32_t keys,
+                                                   uint32_t queries) {
+    const uint64_t a = operand(keys + warpgroup_ * 64 * 128);
+    const uint64_t b = operand(queries);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+      const uint64_t a_k = advance(a, k / 4 * Traits::kKeyPanelBytes + k % 4 * 32);
+      const uint64_t b_k = advance(b, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
+      if (k == 0) {
+        Wgmma<Traits::kBlockM, T>::template ss_first<false>(d, a_k, b_k);
+      } else {
+        Wgmma<Traits::kBlockM, T>::template ss<false>(d, a_k, b_k, true);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // D += A B: over queries; B is N-major: 16 queries are two groups of 8 rows of 128 bytes.
+  __device__ __forceinline__ void issue_gradient(float (&d)[kGradients],
+                                                 const uint32_t (&a)[kScores / 2],
+                                                 uint32_t queries) {
+    const uint64_t b = operand(queries, Traits::kQueryPanelBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kBlockM / 16; ++k) {
+      const uint32_t fragment[4] = {a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]};
+      Wgmma<Traits::kHeadDim, T>::template rs<true>(d, fragment, advance(b, k * 2048), true);
+    }
+    wgmma_commit();
+  }
+
+  // dQ = dS K: all queries by this warpgroup's 64 columns, over all keys; K is N-major.
+  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kScores], uint32_t ds_address) {
+    const uint64_t a = operand(ds_address);
+    const uint64_t b = operand(shared_address(shared_.k) + warpgroup_ * Traits::kKeyPanelBytes);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < Traits::kBlockN / 16; ++k) {
+      const uint64_t a_k = advance(a, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
+      const uint64_t b_k = advance(b, k * 2048);
+      if (k == 0) {
+        Wgmma<64, T>::template ss_first<true>(dq, a_k, b_k);
+      } else {
+        Wgmma<64, T>::template ss<true>(dq, a_k, b_k, true);
+      }
+    }
+    wgmma_commit();
+  }
+
+  // Adds this warpgroup's columns of a query tile's dQ to the sums in memory.
+  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kScores], int64_t q_tile) {
+    float* const staged = shared_.dq + warpgroup_ * kDqFloats;
+    store_accumulators(staged, dq);
+    fence_async_proxy();
+    if (threadIdx.x % 128 / 32 == 0) {
+      named_barrier_sync(kDqBarrier + warpgroup_, 128);
+      if (lane_ == 0)
+        add_floats(params_.dq_sum + q_tile * Traits::kDqFloats + warpgroup_ * kDqFloats, staged,
+                   kDqFloats * sizeof(float));
+      __syncwarp();
+    } else {
+      named_barrier_arrive(kDqBarrier + warpgroup_, 128);
+    }
+  }
+
+  // P = exp2(S - LSE); 0 where a query does not see the key, whatever S is there.
+  __device__ __forceinline__ void weights(uint32_t (&p)[kScores / 2], float (&s)[kScores],
+                                          uint32_t stage, uint32_t n, const Step& step) {
+    const float2* lse =
+        reinterpret_cast<const float2*>(shared_.stats[stage][0]) + lane_ % 4;  // + 4 a chunk
+#pragma unroll
+    for (int c = 0; c < Traits::kBlockM / 8; ++c) {
+      const float2 offset = lse[4 * c];
+#pragma unroll
+      for (int i = 4 * c; i < 4 * c + 4; ++i)
+        s[i] = fast_exp2(s[i] * params_.scale_log2 - (i % 2 == 0 ? offset.x : offset.y));
+    }
+    if (step.masked) {
+      const int column0 = step.p_tile + lane_ % 4 * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const Run seen = shared_.rows[n % 2][key_row_ + 8 * half].seen;
+        const int lo = seen.lo - column0;
+        const int hi = seen.hi - column0;
+#pragma unroll
+        for (int c = 0; c < Traits::kBlockM / 8; ++c) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& weight = s[4 * c + 2 * half + e];
+            weight = (8 * c + e >= lo) & (8 * c + e < hi) ? weight : 0.f;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+  }
+
+  // dS = P (dP - delta), from the rounded weights that dV sums too: they need half the registers.
+  __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kScores / 2],
+                                                  const uint32_t (&p)[kScores / 2],
+                                                  const float (&dp)[kScores], const float* delta) {
+    const float2* offsets = reinterpret_cast<const float2*>(delta) + lane_ % 4;
+#pragma unroll
+    for (int c = 0; c < Traits::kBlockM / 8; ++c) {
+      const float2 offset = offsets[4 * c];
+#pragma unroll
+      for (int i = 2 * c; i < 2 * c + 2; ++i) {
+        const float2 weight = unpack<T>(p[i]);
+        ds[i] = pack<T>(weight.x * (dp[2 * i] - offset.x), weight.y * (dp[2 * i + 1] - offset.y));
+      }
+    }
+  }
+
+  // dS, queries by keys, this warpgroup's 64 keys in a panel of their own.
+  __device__ __forceinline__ void store_score_gradients(const uint32_t (&ds)[kScores / 2],
+                                                        uint32_t ds_address) {
+    // A thread's registers 4c to 4c + 3: queries 16c and 16c + 8, of each the two halves of the
+    // warp's 16 keys.
+    const int matrix = lane_ / 8;
+    const int query = matrix / 2 * 8 + lane_ % 8;
+    const int chunk = threadIdx.x % 128 / 32 * 2 + matrix % 2;
+    const uint32_t address =
+        ds_address + warpgroup_ * Traits::kQueryPanelBytes + query * 128 + (chunk ^ lane_ % 8) * 16;
+#pragma unroll
+    for (int c = 0; c < Traits::kBlockM / 16; ++c)
+      store_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
+                       ds[4 * c + 3]);
+  }
+
+  // dS is to be computed beside dV. The assembler sees no reason against waiting for dV first,
+  // except the order of memory accesses: so the end of dS becomes one, of a word that nobody reads.
+  __device__ __forceinline__ void anchor(const uint32_t (&ds)[kScores / 2]) {
+    uint32_t mixed = 0;
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) mixed ^= ds[i];
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(shared_.ds) + threadIdx.x * 4),
+                 "r"(mixed)
+                 : "memory");
+  }
+
+  // In a packed batch a query tile may reach into other sequences, or into rows of none. What they
+  // add is weighed by 0, but 0 times NaN is NaN: they become 0. Both warpgroups write the same
+  // zeros.
+  __device__ __forceinline__ void clear_neighbours(uint8_t* tile, const Item& item, int p_tile) {
+    if (params_.cu_seqlens_q == nullptr) return;
+    const int lo = item.sequence.q_start - p_tile;
+    const int hi = item.q_end() - p_tile;
+    if (lo <= 0 && hi >= Traits::kBlockM) return;
+    for (int chunk = threadIdx.x % 128; chunk < Traits::kPanels * Traits::kBlockM * 8;
+         chunk += 128) {  // of 16 bytes; the swizzle permutes them within a row only
+      const int row = chunk / 8 % Traits::kBlockM;
+      if (row < lo || row >= hi) reinterpret_cast<uint4*>(tile)[chunk] = uint4{0, 0, 0, 0};
+    }
+    fence_async_proxy();
+    named_barrier_sync(kClearBarrier + warpgroup_, 128);
+  }
+
+  __device__ __forceinline__ void finish(uint32_t n, const float (&dk)[kGradients],
+                                         const float (&dv)[kGradients]) {
+    const Item& item = shared_.items[n % 2];
+    if (item.partial >= 0) {
+      float* const partial = params_.partials + static_cast<int64_t>(item.partial) * 2 *
+                                                    Traits::kBlockN * Traits::kHeadDim;
+      store_accumulators(partial + warpgroup_ * 64 * Traits::kHeadDim, dk);
+      store_accumulators(partial + (Traits::kBlockN + warpgroup_ * 64) * Traits::kHeadDim, dv);
+      return;
+    }
+    T* dk_rows[2];
+    T* dv_rows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = shared_.rows[n % 2][key_row_ + 8 * half].row;
+      const int64_t at = gradient_offset<Traits::kHeadDim>(params_, item, row);
+      dk_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dk) + at;
+      dv_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dv) + at;
+    }
+    store_rows(dk_rows[0], dk_rows[1], dk, params_.softmax_scale);
+    store_rows(dv_rows[0], dv_rows[1], dv, 1.f);
+  }
+
+  const AttentionBwdParams& params_;
+  typename Traits::Shared& shared_;
+  const int warpgroup_;
+  const int lane_;
+  const int key_row_;  // first of this thread's two rows in the tile
+  uint32_t step_ = 0;  // of the Q, dO and dS pipelines
+};
+
+}  // namespace longgen::sm90

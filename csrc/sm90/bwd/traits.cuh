@@ -1,0 +1,102 @@
+// Sizes and the shared-memory plan of the Hopper backward kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "arch/sm90/barrier.cuh"
+#include "sm90/bwd/items.cuh"
+
+namespace longgen::sm90 {
+
+// What the math warpgroups need to know of a query tile.
+struct Step {
+  int p_tile;   // position of its first row; may lie before the sequence
+  int q_tile;   // among all heads' query tiles
+  bool masked;  // whether some (query, key) pair of it is not visible
+};
+
+// A key of a tile.
+struct KeyRow {
+  int row;   // in the tensor; -1: the tile has no key here
+  Run seen;  // the positions of the queries that see it
+};
+
+// What the producer keeps in mind, in shared memory: it has few registers.
+struct Stream {
+  uint32_t n;     // items so far
+  uint32_t step;  // of the Q and dO pipelines
+  int next_item;
+  int head;           // of queries
+  int skipped, left;  // steps before the item's first one, and to go
+  int q_tile0;        // number of the head's tile 0 among all heads' query tiles
+  QueryTiles tiles;   // of the head
+};
+
+// With kAddsDq each block adds its part of dQ to the sums in memory.
+template <typename T_, int kHeadDim_, bool kAddsDq_>
+struct BwdTraits {
+  using T = T_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kAddsDq = kAddsDq_;
+  static constexpr int kBlockM = kQueryTile;
+  static constexpr int kBlockN = kKeyTile;  // two math warpgroups of 64 keys
+  // Q is held from the scores of its tile, issued a tile ahead, to its dK; dO for one tile.
+  static constexpr int kQStages = 3;
+  static constexpr int kDoutStages = 2;
+  static constexpr int kMathWarpgroups = kBlockN / 64;
+  static constexpr int kMathWarps = 4 * kMathWarpgroups;
+  static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
+  static constexpr int kLoaderThreads = 96;  // of the producer warpgroup: they fetch keys
+  // Budget: a block gets 168 registers a thread (65536 / 384, in steps of 8), 504 for one thread of
+  // each warpgroup, and no more when they move. A math thread holds kHeadDim of dK and dV, 32 of
+  // scores and P, 32 of dP or dQ, 16 of dS.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kMathRegisters = 240;
+  static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= 504);
+  // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
+  static constexpr int kPanels = kHeadDim / 64;
+  static constexpr uint32_t kQueryPanelBytes = kBlockM * 128;
+  static constexpr uint32_t kQueryBytes = kPanels * kQueryPanelBytes;
+  static constexpr uint32_t kKeyPanelBytes = kBlockN * 128;
+  static constexpr uint32_t kKeyBytes = kPanels * kKeyPanelBytes;
+  static constexpr uint32_t kStatsBytes = 2 * kBlockM * sizeof(float);
+  // dQ of a tile: each warpgroup computes 64 columns.
+  static constexpr int kDqFloats = kBlockM * kHeadDim;
+  static_assert(kHeadDim == 64 * kMathWarpgroups, "a math warpgroup computes 64 columns of dQ");
+  static_assert(sizeof(T) == 2, "wgmma takes transposed operands in 16-bit types only");
+
+  struct Shared {
+    // Swizzled tiles repeat every 1024 bytes.
+    alignas(1024) uint8_t k[kKeyBytes];
+    alignas(1024) uint8_t v[kKeyBytes];
+    alignas(1024) uint8_t q[kQStages][kQueryBytes];
+    alignas(1024) uint8_t dout[kDoutStages][kQueryBytes];
+    alignas(1024) uint8_t ds[2][kBlockM * kBlockN * sizeof(T)];
+    alignas(16) float dq[kDqFloats];
+    alignas(16) float stats[kDoutStages][2][kBlockM];  // LSE in base 2, delta
+    KeyRow rows[2][kBlockN];                           // for two items
+    Item items[2];
+    Step steps[kQStages];
+    Stream stream;
+    uint32_t loads[kLoaderThreads / 32];  // of items, by each of these warps
+    AttentionBwdParams params;  // for the producer: what follows from them it is to compute anew
+    Mbarrier item_full[2], item_empty[2];
+    Mbarrier keys_full, keys_empty;
+    Mbarrier q_full[kQStages], q_empty[kQStages];
+    Mbarrier dout_full[kDoutStages], dout_empty[kDoutStages];
+    Mbarrier ds_full;
+  };
+  static constexpr int kSharedBytes =
+      sizeof(Shared) + 1024;  // dynamic shared memory is aligned to 16 bytes only
+  static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a block can have");
+};
+
+// Where row `k_row` of an item's head lies in dK and dV.
+template <int kHeadDim>
+__device__ __forceinline__ int64_t gradient_offset(const AttentionBwdParams& params,
+                                                   const Item& item, int k_row) {
+  const int64_t row = static_cast<int64_t>(item.sequence.batch) * params.seqlen_k + k_row;
+  return (row * params.kv_heads + item.kv_head) * kHeadDim;
+}
+
+}  // namespace longgen::sm90
