@@ -119,8 +119,9 @@ class CacheLayout:
 
     def slot(self, position: Tensor, head: Tensor) -> Tensor:
         """The slot of the token at `position` in a KV head; -1 where it is not kept at all."""
+        position = position + torch.zeros_like(head)
         if self.ring is None:
-            return position + torch.zeros_like(head)
+            return position
         recent = position % self.ring if self.ring else torch.full_like(position, -1)
         permanent = self.ring + position
         if self.pattern.stride is not None:
