@@ -60,7 +60,7 @@ def prefill(model: Everything, cache: SparseKVCache, lengths: list[int], backend
     _, k, v = new_tokens(model, n, 1)
     model.append(k, v, lengths)
     counts = torch.tensor(lengths, dtype=torch.int32, device=model.device)
-    cache.append(k, v, counts, backend="triton" if backend == "cuda" else backend)
+    cache.append(k, v, counts, backend=backend)
 
 
 # -- layout -----------------------------------------------------------------------------------------------------------

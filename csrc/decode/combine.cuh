@@ -1,0 +1,140 @@
+// Merging partial results: of the warps of a block, and of the splits of a row tile.
+#pragma once
+
+#include "attention/softmax.cuh"
+#include "decode/traits.cuh"
+#include "params.h"
+#include "vector.cuh"
+
+namespace longgen::decode {
+
+constexpr float kLn2 = 0.6931471805599453f;
+
+// A tile of query rows of a KV head: token-major, (token, head of the group).
+struct Tile {
+  int sequence, kv_head, first_row, rows;
+  int64_t index;  // among all
+
+  __device__ __forceinline__ int token(int row, int group) const {
+    return (first_row + row) / group;
+  }
+  __device__ __forceinline__ int head(int row, int group) const {
+    return kv_head * group + (first_row + row) % group;
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ T* out_row(const DecodeParams& params, const Tile& tile, int row) {
+  const int64_t token = int64_t(tile.sequence) * params.n + tile.token(row, params.group);
+  return static_cast<T*>(params.out) +
+         (token * params.q_heads + tile.head(row, params.group)) * params.cache.head_dim;
+}
+
+__device__ __forceinline__ float* lse_of(const DecodeParams& params, const Tile& tile, int row) {
+  const int64_t head = int64_t(tile.sequence) * params.q_heads + tile.head(row, params.group);
+  return params.lse + head * params.n + tile.token(row, params.group);
+}
+
+// Merges what the warps have in their stages. One split: the result. Several: this one's part of
+// it, with a base-2 logarithm, -inf for a row that saw nothing.
+template <typename Traits>
+__device__ __forceinline__ void merge_warps(const DecodeParams& params, const Tile& tile, int split,
+                                            const typename Traits::Fixed& fixed,
+                                            const typename Traits::Stage* stages) {
+  using T = typename Traits::T;
+  constexpr int kQuads = Traits::kHeadDim / 4;
+  const int64_t part = (tile.index * params.splits + split) * Traits::kRows;
+  for (int i = threadIdx.x; i < tile.rows * kQuads; i += Traits::kThreads) {
+    const int row = i / kQuads, column = i % kQuads * 4;
+    float largest = -INFINITY;
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) largest = fmaxf(largest, fixed.maximum[w][row]);
+    const float offset = largest == -INFINITY ? 0.f : largest * params.scale_log2;
+    float4 out{0.f, 0.f, 0.f, 0.f};
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < Traits::kWarps; ++w) {
+      const float weight = fast_exp2(fixed.maximum[w][row] * params.scale_log2 - offset);
+      const float* const rows = reinterpret_cast<const float*>(stages + w * params.stages);
+      const float4 x = *reinterpret_cast<const float4*>(rows + row * Traits::kOutStride + column);
+      sum += weight * fixed.sum[w][row];
+      out.x += weight * x.x;
+      out.y += weight * x.y;
+      out.z += weight * x.z;
+      out.w += weight * x.w;
+    }
+    const bool seen = sum != 0.f;  // NaN is not 0: it stays NaN
+    const float factor = seen ? 1.f / sum : 0.f;
+    const float lse = seen ? offset + log2f(sum) : -INFINITY;
+    out = {out.x * factor, out.y * factor, out.z * factor, out.w * factor};
+    if (params.splits == 1) {
+      T* const target = out_row<T>(params, tile, row) + column;
+      target[0] = from_float<T>(out.x);
+      target[1] = from_float<T>(out.y);
+      target[2] = from_float<T>(out.z);
+      target[3] = from_float<T>(out.w);
+      if (column == 0) *lse_of(params, tile, row) = lse * kLn2;
+    } else {
+      *reinterpret_cast<float4*>(params.part_out + (part + row) * Traits::kHeadDim + column) = out;
+      if (column == 0) params.part_lse[part + row] = lse;
+    }
+  }
+}
+
+// Merges the parts of all splits; a warp takes a row. Other blocks wrote them in this launch, so
+// they are read past the level-1 cache.
+template <typename Traits>
+__device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile) {
+  using T = typename Traits::T;
+  constexpr int kMaxSplits = 128;
+  constexpr int kColumns = Traits::kHeadDim / 32;  // a lane
+  const int lane = threadIdx.x % 32;
+  for (int row = threadIdx.x / 32; row < tile.rows; row += Traits::kWarps) {
+    const int64_t part = tile.index * params.splits * Traits::kRows + row;
+    float weight[kMaxSplits / 32];  // of splits lane, lane + 32, ...
+    float largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / 32; ++i) {
+      const int split = i * 32 + lane;
+      weight[i] = split < params.splits
+                      ? __ldcg(params.part_lse + part + int64_t(split) * Traits::kRows)
+                      : -INFINITY;
+      largest = fmaxf(largest, weight[i]);
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, distance));
+    const float offset = largest == -INFINITY ? 0.f : largest;
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / 32; ++i) {
+      weight[i] = fast_exp2(weight[i] - offset);
+      sum += weight[i];
+    }
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xffffffff, sum, distance);
+
+    float out[kColumns] = {};
+    const float* const from = params.part_out + part * Traits::kHeadDim + lane;
+#pragma unroll
+    for (int i = 0; i < kMaxSplits / 32; ++i) {
+      const int here = min(params.splits - i * 32, 32);
+#pragma unroll 8
+      for (int s = 0; s < here; ++s) {
+        const float w = __shfl_sync(0xffffffff, weight[i], s);
+        const float* const x = from + int64_t(i * 32 + s) * Traits::kRows * Traits::kHeadDim;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) out[c] += w * __ldcg(x + c * 32);
+      }
+    }
+    const bool seen = sum != 0.f;
+    const float factor = seen ? 1.f / sum : 0.f;
+    T* const target = out_row<T>(params, tile, row) + lane;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) target[c * 32] = from_float<T>(out[c] * factor);
+    if (lane == 0) *lse_of(params, tile, row) = seen ? (offset + log2f(sum)) * kLn2 : -INFINITY;
+  }
+}
+
+}  // namespace longgen::decode

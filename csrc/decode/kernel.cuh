@@ -1,0 +1,94 @@
+// Split-KV attention to a cache, with the new tokens' append and the splits' combination in it.
+//
+// A thread block has one tile of query rows and one split of a KV head's chunks. Its four warps
+// stream chunks independently and merge at the end; the last block of a row tile merges the splits.
+// Reading the cache is what takes time: see docs/kv-cache.md.
+#pragma once
+
+#include "decode/append.cuh"
+#include "decode/combine.cuh"
+#include "decode/stream.cuh"
+
+namespace longgen::decode {
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 2)
+    decode_kernel(const __grid_constant__ DecodeParams params) {
+  using T = typename Traits::T;
+  using Fixed = typename Traits::Fixed;
+  using Stage = typename Traits::Stage;
+  extern __shared__ __align__(16) char shared[];
+  Fixed& fixed = *reinterpret_cast<Fixed*>(shared);
+  Stage* const stages = reinterpret_cast<Stage*>(shared + sizeof(Fixed));
+  static_assert(sizeof(Fixed) % 16 == 0, "stages are copied to in 16 bytes");
+
+  const int split = blockIdx.x, sequence = blockIdx.z;
+  const int kv_head = blockIdx.y / params.row_tiles, row_tile = blockIdx.y % params.row_tiles;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first_row = row_tile * Traits::kRows;
+  const int rows = min(params.n * params.group - first_row, Traits::kRows);
+
+  // Written by another block of this launch, when all have read it.
+  const int seqlen = __ldcg(params.cache.seqlens + sequence);
+  const int end = seqlen + new_tokens(params.new_tokens, sequence);
+  const int p0 = seqlen + params.q_offset;
+  const int p_first = p0 + first_row / params.group;
+  const int p_last = p0 + (first_row + rows - 1) / params.group;
+  const CacheSlots slots(params.cache, kv_head, p_first, p_last, end);
+  const int first = int64_t(split) * slots.count() / params.splits;
+  const int last = int64_t(split + 1) * slots.count() / params.splits;
+
+  // Q, and zeros in the rows that there are none for.
+  constexpr int kPieces = Traits::kHeadDim / 8;
+  const T* const q = static_cast<const T*>(params.q) + sequence * params.q_strides.batch;
+  for (int i = threadIdx.x; i < Traits::kRows * kPieces; i += Traits::kThreads) {
+    const int row = i / kPieces, column = i % kPieces * 8;
+    uint4 piece{0, 0, 0, 0};
+    if (row < rows) {
+      const int token = (first_row + row) / params.group;
+      const int head = kv_head * params.group + (first_row + row) % params.group;
+      piece = *reinterpret_cast<const uint4*>(q + token * params.q_strides.seqlen +
+                                              head * params.q_strides.head + column);
+    }
+    *reinterpret_cast<uint4*>(fixed.q + row * Traits::kStride + column) = piece;
+  }
+  // The new tokens that are in this block's chunks. Blocks of other row tiles write the same.
+  for (int i = warp; i < end - seqlen; i += Traits::kWarps) {
+    const int chunk = slots.chunk_of(seqlen + i);
+    if (chunk < first || chunk >= last) continue;
+    write_token<T, Traits::kHeadDim>(params.cache, params.new_tokens, sequence, kv_head, i,
+                                     slots.slot(seqlen + i, end));
+  }
+  __syncthreads();
+
+  int p[Traits::kRowGroups][2];
+#pragma unroll
+  for (int g = 0; g < Traits::kRowGroups; ++g) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = min(g * 16 + half * 8 + lane / 4, rows - 1);
+      p[g][half] = p0 + (first_row + row) / params.group;
+    }
+  }
+  Stage* const own_stages = stages + warp * params.stages;
+  WarpStream<Traits> stream(params, slots, sequence, kv_head, fixed.q, fixed.seen[warp],
+                            own_stages);
+  stream.run(first + warp, last, p, p_first, p_last);
+  stream.store(reinterpret_cast<float*>(own_stages), fixed.maximum[warp], fixed.sum[warp]);
+  __syncthreads();
+
+  const Tile tile{
+      sequence, kv_head, first_row, rows,
+      (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
+  merge_warps<Traits>(params, tile, split, fixed, stages);
+  if (params.splits > 1) {
+    if (!is_last(params.tickets + params.cache.batch + tile.index, params.splits)) return;
+    merge_splits<Traits>(params, tile);
+  }
+  if (params.new_tokens.advance &&
+      is_last(params.tickets + sequence, params.cache.kv_heads * params.row_tiles) &&
+      threadIdx.x == 0)
+    params.cache.seqlens[sequence] = end;
+}
+
+}  // namespace longgen::decode
