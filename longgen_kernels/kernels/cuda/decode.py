@@ -68,12 +68,12 @@ def cache_append(cache: CacheTensors, new: NewTokens) -> None:
 
 
 def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
-    """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`), after the new tokens were appended: one launch."""
+    """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`), the new tokens appended first, in one launch."""
     from longgen_kernels import _C
 
     q, cache, new = problem.q, problem.cache, problem.new
     batch, n, q_heads, head_dim = q.shape
-    (q,) = _aligned(q)
+    q = _aligned(q)[0]
     out = torch.empty(problem.q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
     rows = _C.decode_rows_per_tile(rows=n * problem.group, head_dim=head_dim)
@@ -98,7 +98,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
             q_offset=problem.q_offset,
             softmax_scale=problem.softmax_scale,
             q=q.data_ptr(),
-            q_strides=q.stride()[:3],
+            q_strides=(q.stride(0), q.stride(1), q.stride(2)),
             out=out.data_ptr(),
             lse=lse.data_ptr(),
             splits=splits,
