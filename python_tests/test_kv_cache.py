@@ -330,7 +330,6 @@ def test_soak(steps: int, poison: Any) -> None:
     pattern = A.strided(16, 64, window=100, sink=4) if steps > 1000 else PATTERNS["small strided blocks"]
     backend = "auto" if ON_GPU else "reference"
     model, cache = model_and_cache(pattern, "triton" if ON_GPU else "reference", poison, batch=1, max_seqlen=steps)
-    model.device, model.dtype = str(cache.k.device), cache.k.dtype
     keys, values = [], []
     before = (cache.nbytes, cache.k.data_ptr(), torch.cuda.memory_allocated() if ON_GPU else 0)
     checked = set(random.sample(range(steps), 20))
