@@ -21,7 +21,7 @@ LAYERS = [
     ["longgen_kernels.dispatch"],
     ["longgen_kernels.ops"],
     ["longgen_kernels.attention", "longgen_kernels.merge", "longgen_kernels.kv_cache"],
-    ["longgen_kernels.decode"],
+    ["longgen_kernels.decode", "longgen_kernels.paged_kv_cache"],
     ["longgen_kernels"],
     ["longgen_kernels.__main__", "model_integration"],
 ]
