@@ -197,9 +197,9 @@ def _described(x: object) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
 
 
-def _layout(cache: CacheTensors) -> tuple[Tensor | None, list[int], int]:
+def _layout(cache: CacheTensors) -> tuple[Tensor | None, Tensor | None, list[int], int]:
     ring = cache.layout.ring
-    return cache.block_table, cache.layout.pattern.encode(), -1 if ring is None else ring
+    return cache.tickets, cache.block_table, cache.layout.pattern.encode(), -1 if ring is None else ring
 
 
 def _attend(q: Tensor, cache: CacheTensors, scale: float, q_offset: int, backend: str) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,7 @@ def _append_and_attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = torch.ops.longgen_kernels.kvcache_append_attn(
-        q, cache.k, cache.v, cache.seqlens, cache.tickets, *_layout(cache), k, v, counts, advance, scale, backend
+        q, cache.k, cache.v, cache.seqlens, *_layout(cache), k, v, counts, advance, scale, backend
     )
     return out, lse
 

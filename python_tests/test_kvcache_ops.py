@@ -31,7 +31,7 @@ def operator_cache(backend: str) -> tuple[Everything, SparseKVCache, tuple[Any, 
     """A cache of 40 tokens, and its tensors as the operators take them behind `seqlens`."""
     model, cache = model_and_cache(STRIDED, backend, torch.Tensor.zero_)
     prefill(model, cache, [40, 33], backend)
-    return model, cache, (None, STRIDED.encode(), cache.layout.ring)
+    return model, cache, (cache.tickets, None, STRIDED.encode(), cache.layout.ring)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -39,8 +39,8 @@ def test_opcheck(backend: str) -> None:
     model, cache, layout = operator_cache(backend)
     q, k, v = new_tokens(model, 2, 4)
     counts = torch.tensor([2, 1], dtype=torch.int32, device=model.device)
-    written = (cache.k, cache.v, cache.seqlens, cache.tickets)
-    torch.library.opcheck(ops.kvcache_attn, (q, *written[:3], *layout, 0.25, -2, backend))
+    written = (cache.k, cache.v, cache.seqlens)
+    torch.library.opcheck(ops.kvcache_attn, (q, *written, *layout, 0.25, -2, backend))
     torch.library.opcheck(ops.kvcache_append, (*written, *layout, k, v, counts, True, backend))
     torch.library.opcheck(ops.kvcache_append_attn, (q, *written, *layout, k, v, None, True, 0.25, backend))
 
@@ -49,13 +49,12 @@ def test_opcheck(backend: str) -> None:
 def test_compiles_without_graph_breaks(backend: str) -> None:
     model, cache, layout = operator_cache(backend)
 
-    def decode(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seqlens: Any, tickets: Any) -> Any:
-        written = (k_cache, v_cache, seqlens, tickets)
-        out, lse = ops.kvcache_append_attn(q, *written, *layout, k, v, None, True, 0.25, backend)
+    def decode(q: Any, k: Any, v: Any, k_cache: Any, v_cache: Any, seqlens: Any) -> Any:
+        out, lse = ops.kvcache_append_attn(q, k_cache, v_cache, seqlens, *layout, k, v, None, True, 0.25, backend)
         return out * 2, lse
 
     qkv = new_tokens(model, 1, 4)
-    tensors = (cache.k, cache.v, cache.seqlens, cache.tickets)
+    tensors = (cache.k, cache.v, cache.seqlens)
     want_cache, got_cache = ([x.clone() for x in tensors] for _ in range(2))
     want = decode(*qkv, *want_cache)
     got = torch.compile(decode, fullgraph=True, backend="aot_eager")(*qkv, *got_cache)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -111,6 +112,7 @@ def tickets_needed(batch: int, kv_heads: int) -> int:
     return batch * (1 + MAX_QUERY_TOKENS * kv_heads)
 
 
+@lru_cache(maxsize=4096)
 def num_splits(blocks: int, tiles: int, slots: int, most: int = 128) -> int:
     """Into how many parts a sequence's tiles are split, so that `blocks` times as many thread blocks fill a GPU.
 
@@ -150,6 +152,7 @@ def keys_end(cache: CacheTensors, new: NewTokens | None) -> Tensor:
     return end
 
 
+@lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 2 elsewhere, so that tests on the CPU split their sequences too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -21,8 +21,9 @@ BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
 
 lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 
-_LAYOUT = "Tensor? block_table, int[] pattern, int ring"
-_WRITTEN = f"Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) seqlens, Tensor(d!)? tickets, {_LAYOUT}"
+# The tickets are a kernel's counters, zeros again when it ends: nobody sees that they are written to.
+_LAYOUT = "Tensor? tickets, Tensor? block_table, int[] pattern, int ring"
+_WRITTEN = f"Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) seqlens, {_LAYOUT}"
 _NEW = "Tensor k, Tensor v, Tensor? counts, bool advance"
 lib.define(
     f"kvcache_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, {_LAYOUT}, "
@@ -61,10 +62,10 @@ def _run(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
 
 
 def _attn(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, table: Tensor | None, pattern: list[int], ring: int,
-    softmax_scale: float, q_offset: int, backend: str,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
+    pattern: list[int], ring: int, softmax_scale: float, q_offset: int, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cache = _cache(k_cache, v_cache, seqlens, None, table, pattern, ring)
+    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring)
     return _run(CacheProblem(q, cache, softmax_scale, q_offset), backend)
 
 
