@@ -28,39 +28,47 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int first_row = row_tile * Traits::kRows;
   const int rows = min(params.n * params.group - first_row, Traits::kRows);
 
-  // Written by another block of this launch, when all have read it.
+  // Q, and zeros in the rows that there are none for.
+  constexpr int kPieces = Traits::kHeadDim / 8;  // of 16 bytes
+  const T* const q = static_cast<const T*>(params.q) + sequence * params.q_strides.batch;
+  for (int i = threadIdx.x; i < Traits::kRows * kPieces; i += Traits::kThreads) {
+    const int row = i / kPieces, column = i % kPieces * 8;
+    const int token = (first_row + row) / params.group;
+    const int head = kv_head * params.group + (first_row + row) % params.group;
+    const T* const from = q + token * params.q_strides.seqlen + head * params.q_strides.head;
+    sm80::copy_16_bytes(sm80::shared_address(fixed.q + row * Traits::kStride + column),
+                        row < rows ? from + column : q, row < rows);
+  }
+  sm80::commit_copies();
+
+  // Another block of this launch makes it longer, when all have read it.
   const int seqlen = __ldcg(params.cache.seqlens + sequence);
   const int end = seqlen + new_tokens(params.new_tokens, sequence);
   const int p0 = seqlen + params.q_offset;
   const int p_first = p0 + first_row / params.group;
   const int p_last = p0 + (first_row + rows - 1) / params.group;
   const CacheSlots slots(params.cache, kv_head, p_first, p_last, end);
-  const int first = int64_t(split) * slots.count() / params.splits;
-  const int last = int64_t(split + 1) * slots.count() / params.splits;
+  const int each = slots.count() / params.splits, rest = slots.count() % params.splits;
+  const int first = split * each + min(split, rest);
+  const int last = first + each + (split < rest ? 1 : 0);
 
-  // Q, and zeros in the rows that there are none for.
-  constexpr int kPieces = Traits::kHeadDim / 8;
-  const T* const q = static_cast<const T*>(params.q) + sequence * params.q_strides.batch;
-  for (int i = threadIdx.x; i < Traits::kRows * kPieces; i += Traits::kThreads) {
-    const int row = i / kPieces, column = i % kPieces * 8;
-    uint4 piece{0, 0, 0, 0};
-    if (row < rows) {
-      const int token = (first_row + row) / params.group;
-      const int head = kv_head * params.group + (first_row + row) % params.group;
-      piece = *reinterpret_cast<const uint4*>(q + token * params.q_strides.seqlen +
-                                              head * params.q_strides.head + column);
-    }
-    *reinterpret_cast<uint4*>(fixed.q + row * Traits::kStride + column) = piece;
-  }
-  // The new tokens that are in this block's chunks. Blocks of other row tiles write the same.
-  for (int i = warp; i < end - seqlen; i += Traits::kWarps) {
+  // The new tokens that are in this block's chunks are written before they are read. Blocks of
+  // other row tiles write the same.
+  bool wrote = false;
+  for (int i = 0; i < end - seqlen; ++i) {
     const int chunk = slots.chunk_of(seqlen + i);
     if (chunk < first || chunk >= last) continue;
-    write_token<T, Traits::kHeadDim>(params.cache, params.new_tokens, sequence, kv_head, i,
-                                     slots.slot(seqlen + i, end));
+    wrote = true;
+    if (i % Traits::kWarps == warp)
+      write_token<T, Traits::kHeadDim>(params.cache, params.new_tokens, sequence, kv_head, i,
+                                       slots.slot(seqlen + i, end));
   }
-  __syncthreads();
+  if (wrote) __syncthreads();
 
+  Stage* const own_stages = stages + warp * params.stages;
+  WarpStream<Traits> stream(params, slots, sequence, kv_head, fixed.q, fixed.seen[warp],
+                            own_stages);
+  stream.start(first + warp, last);
   int p[Traits::kRowGroups][2];
 #pragma unroll
   for (int g = 0; g < Traits::kRowGroups; ++g) {
@@ -70,10 +78,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
       p[g][half] = p0 + (first_row + row) / params.group;
     }
   }
-  Stage* const own_stages = stages + warp * params.stages;
-  WarpStream<Traits> stream(params, slots, sequence, kv_head, fixed.q, fixed.seen[warp],
-                            own_stages);
-  stream.run(first + warp, last, p, p_first, p_last);
+  // Q's copies are older than those of the stages.
+  if (params.stages == 2)
+    sm80::wait_for_copies<1>();
+  else
+    sm80::wait_for_copies<2>();
+  __syncthreads();
+  stream.run(p, p_first, p_last);
   stream.store(reinterpret_cast<float*>(own_stages), fixed.maximum[warp], fixed.sum[warp]);
   __syncthreads();
 

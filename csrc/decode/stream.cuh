@@ -41,10 +41,16 @@ class WarpStream {
     for (int g = 0; g < kRowGroups; ++g) maximum_[g][0] = maximum_[g][1] = -INFINITY;
   }
 
-  // Attends to the chunks first, first + kWarps, ... below end. `p` holds the query positions of
-  // this thread's two rows of each group, p_first and p_last bound those of the tile.
-  __device__ __forceinline__ void run(int first, int end, const int (&p)[kRowGroups][2],
-                                      int p_first, int p_last) {
+  // Starts the copies of the first of this warp's chunks: first, first + kWarps, ... below end.
+  __device__ __forceinline__ void start(int first, int end) {
+    first_ = next_ = first;
+    end_ = end;
+    for (int i = 1; i < params_.stages; ++i) fetch();
+  }
+
+  // Attends to the chunks. `p` holds the query positions of this thread's two rows of each group,
+  // p_first and p_last bound those of the tile.
+  __device__ __forceinline__ void run(const int (&p)[kRowGroups][2], int p_first, int p_last) {
     if constexpr (Traits::kQInRegisters) {
 #pragma unroll
       for (int g = 0; g < kRowGroups; ++g) {
@@ -52,21 +58,14 @@ class WarpStream {
         for (int step = 0; step < kSteps; ++step) sm80::load_matrices(q_[g][step], q_tile(g, step));
       }
     }
-    int next = first, write = 0, read = 0;
-    for (int i = 1; i < params_.stages; ++i) {
-      fetch(next, end, write);
-      next += Traits::kWarps;
-      write = advanced(write);
-    }
-    for (int chunk = first; chunk < end; chunk += Traits::kWarps) {
+    int read = 0;
+    for (int chunk = first_; chunk < end_; chunk += Traits::kWarps) {
       if (params_.stages == 2)
         sm80::wait_for_copies<0>();
       else
         sm80::wait_for_copies<1>();
       __syncwarp();  // every lane's copies are there, and no lane reads the stage that is next
-      fetch(next, end, write);
-      next += Traits::kWarps;
-      write = advanced(write);
+      fetch();
       attend(read, p, p_first, p_last);
       read = advanced(read);
     }
@@ -108,10 +107,11 @@ class WarpStream {
     return q_address_ + (row * Traits::kStride + column) * sizeof(T);
   }
 
-  // Starts the copies of a chunk, or an empty group behind the last one.
-  __device__ __forceinline__ void fetch(int chunk, int end, int stage) {
-    if (chunk < end) {
-      const CacheSlots::Token token = slots_.token(chunk, lane_ % kChunk);
+  // Starts the copies of the next chunk, or an empty group behind the last one.
+  __device__ __forceinline__ void fetch() {
+    const int stage = write_;
+    if (next_ < end_) {
+      const CacheSlots::Token token = slots_.token(next_, lane_ % kChunk);
       const int64_t offset = slot_offset(params_.cache, sequence_, kv_head_, token.slot);
       if (lane_ < kChunk) seen_[stage][lane_] = {token.position, offset < 0 ? -1 : token.until};
       const T* const k = static_cast<const T*>(params_.cache.k);
@@ -131,6 +131,8 @@ class WarpStream {
       }
     }
     sm80::commit_copies();
+    next_ += Traits::kWarps;
+    write_ = advanced(write_);
   }
 
   __device__ __forceinline__ void attend(int stage, const int (&p)[kRowGroups][2], int p_first,
@@ -249,6 +251,8 @@ class WarpStream {
   const DecodeParams& params_;
   const CacheSlots& slots_;
   int sequence_, kv_head_, lane_;
+  int first_ = 0, end_ = 0;   // chunks
+  int next_ = 0, write_ = 0;  // the chunk to be fetched, and the stage that it goes to
   uint32_t q_address_;
   Seen (*seen_)[kChunk];
   Stage* stages_;

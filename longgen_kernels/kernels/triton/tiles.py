@@ -67,7 +67,9 @@ def cache_tile(rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
     block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
     if dtype == torch.float32:
         return Tile(min(block_m, 32), 32, 4, 1)
-    return Tile(block_m, 64 if head_dim <= 128 else 32, 4, 3 if head_dim <= 128 else 2)
+    # 64 x 64 of head_dim 128 spills: masks and slots take registers that "fwd" has to spare.
+    block_n = 64 if head_dim <= 128 and padded_head_dim(head_dim) * block_m <= 4096 else 32
+    return Tile(block_m, block_n, 4, 3 if head_dim <= 128 else 2)
 
 
 @lru_cache
