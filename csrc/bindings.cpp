@@ -203,7 +203,7 @@ PYBIND11_MODULE(_C, m) {
          Address block_table, Address k, Address v, const Strides& new_strides, int n_new,
          Address counts, bool advance, Address tickets, int n, int q_heads, int q_offset,
          float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
-         int splits, Address part_out, Address part_lse, Address stream) {
+         int splits, bool in_cluster, Address part_out, Address part_lse, Address stream) {
         DecodeParams params{};
         params.cache =
             cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots, pages,
@@ -219,6 +219,7 @@ PYBIND11_MODULE(_C, m) {
         params.out = reinterpret_cast<void*>(out);
         params.lse = reinterpret_cast<float*>(lse);
         params.splits = splits;
+        params.in_cluster = in_cluster;
         params.part_out = reinterpret_cast<float*>(part_out);
         params.part_lse = reinterpret_cast<float*>(part_lse);
         params.stream = as_stream(stream);
@@ -229,7 +230,8 @@ PYBIND11_MODULE(_C, m) {
       "slots"_a, "pages"_a, "log2_page"_a, "dtype"_a, "k_cache"_a, "v_cache"_a, "cache_strides"_a,
       "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a, "counts"_a,
       "advance"_a, "tickets"_a, "n"_a, "q_heads"_a, "q_offset"_a, "softmax_scale"_a, "q"_a,
-      "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "part_out"_a, "part_lse"_a, "stream"_a);
+      "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "in_cluster"_a, "part_out"_a, "part_lse"_a,
+      "stream"_a);
 
   m.def(
       "merge_attn_states",

@@ -134,6 +134,8 @@ struct DecodeParams {
   void* out;   // (batch, n, q_heads, head_dim), contiguous
   float* lse;  // (batch, q_heads, n), contiguous
   int32_t splits;
+  // Whether the splits of a row tile, 2 to 8, are a cluster (Hopper): then they need no part_out.
+  int32_t in_cluster;
   // Results of the splits, or nullptr when there is one: (batch, kv_heads, row tiles, splits, rows
   // of a tile, head_dim), and without the last dimension.
   float* part_out;

@@ -70,6 +70,7 @@ def attn_decode(
     out: int,
     lse: int,
     splits: int,
+    in_cluster: bool,
     part_out: int,
     part_lse: int,
     stream: int,

@@ -1,8 +1,9 @@
 // Split-KV attention to a cache, with the new tokens' append and the splits' combination in it.
 //
 // A thread block has one tile of query rows and one split of a KV head's chunks. Its four warps
-// stream chunks independently and merge at the end; the last block of a row tile merges the splits.
-// Reading the cache is what takes time: see docs/kv-cache.md.
+// stream chunks independently and merge at the end. Then the blocks of a row tile, as a cluster,
+// merge the splits; or the last of them to finish does. Reading the cache is what takes time: see
+// docs/kv-cache.md.
 #pragma once
 
 #include "decode/append.cuh"
@@ -41,7 +42,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   }
   sm80::commit_copies();
 
-  // Another block of this launch makes it longer, when all have read it.
+  // Another block may make it longer below, when all have read it.
   const int seqlen = __ldcg(params.cache.seqlens + sequence);
   const int end = seqlen + new_tokens(params.new_tokens, sequence);
   const int p0 = seqlen + params.q_offset;
@@ -84,6 +85,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   else
     sm80::wait_for_copies<2>();
   __syncthreads();
+  // Every thread has used the length that it read. While the copies are on their way the last block
+  // of the sequence to come here replaces it.
+  if (params.new_tokens.advance && threadIdx.x == 0) {
+    const unsigned blocks = gridDim.x * gridDim.y;
+    if (atomicInc(params.tickets + sequence, blocks - 1) == blocks - 1)
+      params.cache.seqlens[sequence] = end;
+  }
+  __syncwarp();
   stream.run(p, p_first, p_last);
   stream.store(reinterpret_cast<float*>(own_stages), fixed.maximum[warp], fixed.sum[warp]);
   __syncthreads();
@@ -91,15 +100,21 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const Tile tile{
       sequence, kv_head, first_row, rows,
       (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
-  merge_warps<Traits>(params, tile, split, fixed, stages);
-  if (params.splits > 1) {
-    if (!is_last(params.tickets + params.cache.batch + tile.index, params.splits)) return;
-    merge_splits<Traits>(params, tile);
+  if (params.in_cluster) {
+    // Q and the first warp's output have been read where the parts go.
+    float* const part = reinterpret_cast<float*>(stages);
+    float* const part_lse = reinterpret_cast<float*>(fixed.q);
+    merge_warps<Traits>(params, tile, fixed, stages, part, Traits::kOutStride, part_lse);
+    merge_cluster<Traits>(params, tile, split, part, part_lse);
+  } else {
+    const int64_t part = (tile.index * params.splits + split) * Traits::kRows;
+    merge_warps<Traits>(params, tile, fixed, stages, params.part_out + part * Traits::kHeadDim,
+                        Traits::kHeadDim, params.part_lse + part);
+    if (params.splits > 1) {
+      if (!is_last(params.tickets + params.cache.batch + tile.index, params.splits)) return;
+      merge_splits<Traits>(params, tile);
+    }
   }
-  if (params.new_tokens.advance &&
-      is_last(params.tickets + sequence, params.cache.kv_heads * params.row_tiles) &&
-      threadIdx.x == 0)
-    params.cache.seqlens[sequence] = end;
 }
 
 }  // namespace longgen::decode

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <stdexcept>
 
 #include "cuda_check.h"
 #include "decode/kernel.cuh"
@@ -29,8 +30,19 @@ void launch(DecodeParams params) {
   LONGGEN_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   const dim3 grid(params.splits, params.cache.kv_heads * params.row_tiles, params.cache.batch);
-  kernel<<<grid, Traits::kThreads, bytes, params.stream>>>(params);
-  LONGGEN_CHECK_LAUNCH("decode_kernel");
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = params.stream;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(params.splits), 1, 1};
+  if (params.in_cluster) {
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+  }
+  LONGGEN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params));
 }
 
 template <typename T, int kHeadDim>
@@ -40,6 +52,8 @@ void launch_decode(DecodeParams params) {
   const int rows = params.n * params.group;
   const int per_tile = decode_rows_per_tile(rows, kHeadDim);
   params.row_tiles = (rows + per_tile - 1) / per_tile;
+  if (params.in_cluster && (params.splits < 2 || params.splits > kMaxCluster))
+    throw std::invalid_argument("a cluster has 2 to 8 splits");
   if constexpr (kHeadDim <= 128) {
     if (per_tile == 32) return launch<DecodeTraits<T, kHeadDim, 2>>(params);
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from longgen_kernels.kernels.cuda.extension import available
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _HEAD_DIMS = (64, 96, 128, 256)
 _MAX_GROUP = 16  # query heads of a KV head
+_MAX_CLUSTER = 8  # thread blocks
 _WARPS = 4  # of a thread block; each takes every fourth chunk of 16 slots
 
 
@@ -82,8 +84,9 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     # Two blocks share a multiprocessor, but for the widest heads, whose stages fill its shared memory.
     resident = (2 if head_dim <= 128 else 1) * multiprocessors(q.device)
     splits = num_splits(blocks, max_tiles(cache, GRANULE * _WARPS), resident)
+    in_cluster = 1 < splits <= _MAX_CLUSTER and _has_clusters(q.device)
     part_out = part_lse = None
-    if splits > 1:
+    if splits > 1 and not in_cluster:
         part_lse = torch.empty(blocks * splits * rows, dtype=torch.float32, device=q.device)
         part_out = torch.empty(blocks * splits * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
@@ -102,11 +105,20 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
             out=out.data_ptr(),
             lse=lse.data_ptr(),
             splits=splits,
+            in_cluster=in_cluster,
             part_out=_address(part_out),
             part_lse=_address(part_lse),
             stream=_stream(q),
         )
     return out, lse
+
+
+@lru_cache
+def _has_clusters(device: torch.device) -> bool:
+    """Thread block clusters need code for Hopper itself: later GPUs run the kernels' PTX, which is for sm_80."""
+    from longgen_kernels import _C
+
+    return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _C.build_info()["cuda_archs"].split(",")
 
 
 def _cache(cache: CacheTensors) -> dict[str, Any]:
