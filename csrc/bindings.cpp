@@ -172,6 +172,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("decode_rows_per_tile", &decode_rows_per_tile, py::kw_only(), "rows"_a, "head_dim"_a);
+  m.def("decode_shared_bytes", &decode_shared_bytes, py::kw_only(), "rows"_a, "head_dim"_a);
 
   m.def(
       "cache_append",

@@ -159,4 +159,7 @@ void attn_decode(const DecodeParams& params);
 // sizes of part_out and tickets follow from.
 int decode_rows_per_tile(int rows, int head_dim);
 
+// Bytes of shared memory that a thread block of it needs at least.
+int decode_shared_bytes(int rows, int head_dim);
+
 }  // namespace longgen

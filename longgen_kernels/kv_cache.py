@@ -57,7 +57,7 @@ class KVCache(ABC):
         """Tells the host that each sequence has become longer by `tokens`, or by `fewest` to `tokens`.
 
         The functions that append do it themselves. A CUDA graph's replay does not: call it then, or `reserve`, `crop`
-        and growth work with too small a bound.
+        and growth work with too small a bound, and a chunk of a prompt may take the cache for empty.
         """
 
     @abstractmethod

@@ -56,7 +56,16 @@ def cache_attention_unsupported(problem: CacheProblem) -> str | None:
         return f"takes up to {_MAX_GROUP} query heads a KV head, got {problem.group}"
     if problem.new is not None and problem.new.n != problem.n:
         return f"takes as many new tokens as queries, got {problem.new.n} and {problem.n}"
-    return cache_unsupported(problem.cache)
+    reason = cache_unsupported(problem.cache)
+    if reason is not None:
+        return reason
+    from longgen_kernels import _C
+
+    needed = _C.decode_shared_bytes(rows=problem.n * problem.group, head_dim=problem.cache.head_dim)
+    has = _shared_memory(problem.q.device)
+    if needed > has:
+        return f"needs {needed} bytes of shared memory a thread block for head_dim {problem.cache.head_dim}, has {has}"
+    return None
 
 
 def cache_append(cache: CacheTensors, new: NewTokens) -> None:
@@ -111,6 +120,11 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
             stream=_stream(q),
         )
     return out, lse
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 @lru_cache
