@@ -10,6 +10,7 @@
 namespace longgen::decode {
 
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kMaxSplits = 128;
 constexpr int kMaxCluster = 8;  // blocks; every GPU with clusters runs as many
 
 // A tile of query rows of a KV head: token-major, (token, head of the group).
@@ -136,24 +137,24 @@ __device__ __forceinline__ void merge_cluster(const DecodeParams& params, const 
 }
 
 // Merges the parts of all splits; a warp takes a row. Other blocks wrote them in this launch, so
-// they are read past the level-1 cache.
+// they are read past the level-1 cache. `weights` is shared memory for kWarps * kMaxSplits.
 template <typename Traits>
-__device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile) {
-  using T = typename Traits::T;
-  constexpr int kMaxSplits = 128;
+__device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile,
+                                             float* weights) {
   constexpr int kColumns = Traits::kHeadDim / 32;  // a lane
-  const int lane = threadIdx.x % 32;
-  for (int row = threadIdx.x / 32; row < tile.rows; row += Traits::kWarps) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  weights += warp * kMaxSplits;
+  for (int row = warp; row < tile.rows; row += Traits::kWarps) {
     const int64_t part = tile.index * params.splits * Traits::kRows + row;
-    float weight[kMaxSplits / 32];  // of splits lane, lane + 32, ...
+    float lse[kMaxSplits / 32];  // of splits lane, lane + 32, ...
     float largest = -INFINITY;
 #pragma unroll
     for (int i = 0; i < kMaxSplits / 32; ++i) {
       const int split = i * 32 + lane;
-      weight[i] = split < params.splits
-                      ? __ldcg(params.part_lse + part + int64_t(split) * Traits::kRows)
-                      : -INFINITY;
-      largest = fmaxf(largest, weight[i]);
+      lse[i] = split < params.splits
+                   ? __ldcg(params.part_lse + part + int64_t(split) * Traits::kRows)
+                   : -INFINITY;
+      largest = fmaxf(largest, lse[i]);
     }
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
@@ -162,32 +163,32 @@ __device__ __forceinline__ void merge_splits(const DecodeParams& params, const T
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < kMaxSplits / 32; ++i) {
-      weight[i] = fast_exp2(weight[i] - offset);
-      sum += weight[i];
+      const float weight = fast_exp2(lse[i] - offset);
+      weights[i * 32 + lane] = weight;
+      sum += weight;
     }
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2)
       sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    __syncwarp();
 
     float out[kColumns] = {};
-    const float* const from = params.part_out + part * Traits::kHeadDim + lane;
+    const float* from = params.part_out + part * Traits::kHeadDim + lane;
+#pragma unroll 16
+    for (int split = 0; split < params.splits; ++split) {
+      const float weight = weights[split];
 #pragma unroll
-    for (int i = 0; i < kMaxSplits / 32; ++i) {
-      const int here = min(params.splits - i * 32, 32);
-#pragma unroll 8
-      for (int s = 0; s < here; ++s) {
-        const float w = __shfl_sync(0xffffffff, weight[i], s);
-        const float* const x = from + int64_t(i * 32 + s) * Traits::kRows * Traits::kHeadDim;
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) out[c] += w * __ldcg(x + c * 32);
-      }
+      for (int c = 0; c < kColumns; ++c) out[c] += weight * __ldcg(from + c * 32);
+      from += Traits::kRows * Traits::kHeadDim;
     }
     const bool seen = sum != 0.f;
     const float factor = seen ? 1.f / sum : 0.f;
-    T* const target = out_row<T>(params, tile, row) + lane;
+    typename Traits::T* const target = out_row<typename Traits::T>(params, tile, row) + lane;
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) target[c * 32] = from_float<T>(out[c] * factor);
+    for (int c = 0; c < kColumns; ++c)
+      target[c * 32] = from_float<typename Traits::T>(out[c] * factor);
     if (lane == 0) *lse_of(params, tile, row) = seen ? (offset + log2f(sum)) * kLn2 : -INFINITY;
+    __syncwarp();  // the next row's weights take the same place
   }
 }
 

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
                         Traits::kHeadDim, params.part_lse + part);
     if (params.splits > 1) {
       if (!is_last(params.tickets + params.cache.batch + tile.index, params.splits)) return;
-      merge_splits<Traits>(params, tile);
+      merge_splits<Traits>(params, tile, reinterpret_cast<float*>(stages));
     }
   }
 }

@@ -54,6 +54,8 @@ void launch_decode(DecodeParams params) {
   params.row_tiles = (rows + per_tile - 1) / per_tile;
   if (params.in_cluster && (params.splits < 2 || params.splits > kMaxCluster))
     throw std::invalid_argument("a cluster has 2 to 8 splits");
+  if (params.splits < 1 || params.splits > kMaxSplits)
+    throw std::invalid_argument("splits must be from 1 to 128");
   if constexpr (kHeadDim <= 128) {
     if (per_tile == 32) return launch<DecodeTraits<T, kHeadDim, 2>>(params);
   }

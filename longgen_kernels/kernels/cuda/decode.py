@@ -124,7 +124,8 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    # Where PyTorch does not say, the launch does.
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 30))
 
 
 @lru_cache
