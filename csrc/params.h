@@ -145,6 +145,7 @@ struct DecodeParams {
   // Set by the launch.
   float scale_log2;
   int32_t group, row_tiles, stages;
+  uint32_t group_reciprocal;  // 2^16 / group, rounded up
 };
 
 // Each enqueues its kernel on `stream` of the current device, allocates nothing, waits for nothing,

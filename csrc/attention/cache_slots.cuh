@@ -44,6 +44,7 @@ class CacheSlots {
                                                  : ((p_first >> shift) + 1 - window_) << shift;
     lo_ = max(lo_, cache.sink_slots);
     ring_chunk_ = lo_ / kChunk;
+    if (cache.ring > 0) ring_slot_ = ring_chunk_ * kChunk % cache.ring;
     if (hi_ > lo_) chunks_ += (hi_ + kChunk - 1) / kChunk - ring_chunk_;
   }
 
@@ -69,10 +70,15 @@ class CacheSlots {
       if (index >= n_permanent_ || position >= hi_) return kNone;
       return {position, last_seen(position), compact() ? cache_.ring + index : position};
     }
-    const int base = (ring_chunk_ + chunk - permanent_chunks_) * kChunk;
-    const int position = base + row;
+    const int ahead = (chunk - permanent_chunks_) * kChunk;
+    const int position = ring_chunk_ * kChunk + ahead + row;
     if (position < lo_ || position >= hi_ || is_strided(position)) return kNone;
-    return {position, last_seen(position), compact() ? base % cache_.ring + row : position};
+    if (!compact()) return {position, last_seen(position), position};
+    // Two turns suffice: the run is no longer than the ring and a chunk.
+    int slot = ring_slot_ + ahead;
+    if (slot >= cache_.ring) slot -= cache_.ring;
+    if (slot >= cache_.ring) slot -= cache_.ring;
+    return {position, last_seen(position), slot + row};
   }
 
   // The chunk that holds the token at this position, or -1.
@@ -121,7 +127,7 @@ class CacheSlots {
   const CacheParams& cache_;
   int window_;
   int hi_ = 0, lo_ = 0;
-  int n_permanent_ = 0, permanent_chunks_ = 0, chunks_ = 0, ring_chunk_ = 0;
+  int n_permanent_ = 0, permanent_chunks_ = 0, chunks_ = 0, ring_chunk_ = 0, ring_slot_ = 0;
   int first_block_ = 0, phase_ = 0;
 };
 

@@ -18,24 +18,25 @@ struct Tile {
   int sequence, kv_head, first_row, rows;
   int64_t index;  // among all
 
-  __device__ __forceinline__ int token(int row, int group) const {
-    return (first_row + row) / group;
+  // Division by multiplication: exact for the at most 288 rows of a KV head and groups up to 16.
+  __device__ __forceinline__ int token(const DecodeParams& params, int row) const {
+    return ((first_row + row) * params.group_reciprocal) >> 16;
   }
-  __device__ __forceinline__ int head(int row, int group) const {
-    return kv_head * group + (first_row + row) % group;
+  __device__ __forceinline__ int head(const DecodeParams& params, int row) const {
+    return kv_head * params.group + first_row + row - token(params, row) * params.group;
   }
 };
 
 template <typename T>
 __device__ __forceinline__ T* out_row(const DecodeParams& params, const Tile& tile, int row) {
-  const int64_t token = int64_t(tile.sequence) * params.n + tile.token(row, params.group);
+  const int64_t token = int64_t(tile.sequence) * params.n + tile.token(params, row);
   return static_cast<T*>(params.out) +
-         (token * params.q_heads + tile.head(row, params.group)) * params.cache.head_dim;
+         (token * params.q_heads + tile.head(params, row)) * params.cache.head_dim;
 }
 
 __device__ __forceinline__ float* lse_of(const DecodeParams& params, const Tile& tile, int row) {
-  const int64_t head = int64_t(tile.sequence) * params.q_heads + tile.head(row, params.group);
-  return params.lse + head * params.n + tile.token(row, params.group);
+  const int64_t head = int64_t(tile.sequence) * params.q_heads + tile.head(params, row);
+  return params.lse + head * params.n + tile.token(params, row);
 }
 
 template <typename T>

@@ -28,26 +28,28 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int first_row = row_tile * Traits::kRows;
   const int rows = min(params.n * params.group - first_row, Traits::kRows);
+  const Tile tile{
+      sequence, kv_head, first_row, rows,
+      (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
+  // Another block may make it longer below, when all have read it.
+  const int seqlen = __ldcg(params.cache.seqlens + sequence);
 
   // Q, and zeros in the rows that there are none for.
   constexpr int kPieces = Traits::kHeadDim / 8;  // of 16 bytes
   const T* const q = static_cast<const T*>(params.q) + sequence * params.q_strides.batch;
   for (int i = threadIdx.x; i < Traits::kRows * kPieces; i += Traits::kThreads) {
     const int row = i / kPieces, column = i % kPieces * 8;
-    const int token = (first_row + row) / params.group;
-    const int head = kv_head * params.group + (first_row + row) % params.group;
-    const T* const from = q + token * params.q_strides.seqlen + head * params.q_strides.head;
+    const T* const from = q + tile.token(params, row) * params.q_strides.seqlen +
+                          tile.head(params, row) * params.q_strides.head + column;
     sm80::copy_16_bytes(sm80::shared_address(fixed.q + row * Traits::kStride + column),
-                        row < rows ? from + column : q, row < rows);
+                        row < rows ? from : q, row < rows);
   }
   sm80::commit_copies();
 
-  // Another block may make it longer below, when all have read it.
-  const int seqlen = __ldcg(params.cache.seqlens + sequence);
   const int end = seqlen + new_tokens(params.new_tokens, sequence);
   const int p0 = seqlen + params.q_offset;
-  const int p_first = p0 + first_row / params.group;
-  const int p_last = p0 + (first_row + rows - 1) / params.group;
+  const int p_first = p0 + tile.token(params, 0);
+  const int p_last = p0 + tile.token(params, rows - 1);
   const CacheSlots slots(params.cache, kv_head, p_first, p_last, end);
   const int each = slots.count() / params.splits, rest = slots.count() % params.splits;
   const int first = split * each + min(split, rest);
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = min(g * 16 + half * 8 + lane / 4, rows - 1);
-      p[g][half] = p0 + (first_row + row) / params.group;
+      p[g][half] = p0 + tile.token(params, row);
     }
   }
   // Q's copies are older than those of the stages.
@@ -97,9 +99,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 2)
   stream.store(reinterpret_cast<float*>(own_stages), fixed.maximum[warp], fixed.sum[warp]);
   __syncthreads();
 
-  const Tile tile{
-      sequence, kv_head, first_row, rows,
-      (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
   if (params.in_cluster) {
     // Q and the first warp's output have been read where the parts go.
     float* const part = reinterpret_cast<float*>(stages);

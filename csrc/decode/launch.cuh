@@ -48,6 +48,7 @@ void launch(DecodeParams params) {
 template <typename T, int kHeadDim>
 void launch_decode(DecodeParams params) {
   params.group = params.q_heads / params.cache.kv_heads;
+  params.group_reciprocal = (65536 + params.group - 1) / params.group;
   params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
   const int rows = params.n * params.group;
   const int per_tile = decode_rows_per_tile(rows, kHeadDim);
