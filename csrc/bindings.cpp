@@ -77,6 +77,40 @@ PatternParams parse_pattern(const std::array<int32_t, 9>& code, Address mask_row
   return p;
 }
 
+// A cache's arguments, as Python passes them.
+CacheParams cache_params(const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch,
+                         int kv_heads, int head_dim, int slots, int pages, int log2_page,
+                         const std::string& dtype, Address k, Address v, const Strides& strides,
+                         Address seqlens, Address block_table) {
+  CacheParams cache{};
+  cache.pattern = parse_pattern(pattern, 0);
+  cache.ring = ring;
+  cache.sink_slots = sink_slots;
+  cache.batch = batch;
+  cache.kv_heads = kv_heads;
+  cache.head_dim = head_dim;
+  cache.slots = slots;
+  cache.pages = pages;
+  cache.log2_page = log2_page;
+  cache.dtype = parse_dtype(dtype);
+  cache.k = reinterpret_cast<void*>(k);
+  cache.v = reinterpret_cast<void*>(v);
+  cache.strides = {strides[0], strides[1], strides[2]};
+  cache.seqlens = reinterpret_cast<int32_t*>(seqlens);
+  cache.block_table = as_ints(block_table);
+  return cache;
+}
+
+NewTokensParams new_tokens_params(Address k, Address v, const Strides& strides, int n,
+                                  Address counts, bool advance) {
+  return {reinterpret_cast<const void*>(k),
+          reinterpret_cast<const void*>(v),
+          out_strides(strides),
+          n,
+          as_ints(counts),
+          advance};
+}
+
 cudaStream_t as_stream(Address stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 py::dict build_info() {
@@ -235,6 +269,69 @@ PYBIND11_MODULE(_C, m) {
       "deterministic"_a, "multiprocessors"_a, "stats"_a, "dq_sum"_a, "partials"_a, "next_item"_a,
       "stream"_a);
 #endif
+
+  m.def("decode_rows_per_tile", &decode_rows_per_tile, py::kw_only(), "rows"_a, "head_dim"_a);
+  m.def("decode_shared_bytes", &decode_shared_bytes, py::kw_only(), "rows"_a, "head_dim"_a);
+
+  m.def(
+      "cache_append",
+      [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
+         int head_dim, int slots, int pages, int log2_page, const std::string& dtype,
+         Address k_cache, Address v_cache, const Strides& cache_strides, Address seqlens,
+         Address block_table, Address k, Address v, const Strides& new_strides, int n_new,
+         Address counts, bool advance, Address tickets, Address stream) {
+        CacheAppendParams params{};
+        params.cache =
+            cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots, pages,
+                         log2_page, dtype, k_cache, v_cache, cache_strides, seqlens, block_table);
+        params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
+        params.tickets = reinterpret_cast<uint32_t*>(tickets);
+        params.stream = as_stream(stream);
+        py::gil_scoped_release release;
+        cache_append(params);
+      },
+      py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
+      "slots"_a, "pages"_a, "log2_page"_a, "dtype"_a, "k_cache"_a, "v_cache"_a, "cache_strides"_a,
+      "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a, "counts"_a,
+      "advance"_a, "tickets"_a, "stream"_a);
+
+  m.def(
+      "attn_decode",
+      [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
+         int head_dim, int slots, int pages, int log2_page, const std::string& dtype,
+         Address k_cache, Address v_cache, const Strides& cache_strides, Address seqlens,
+         Address block_table, Address k, Address v, const Strides& new_strides, int n_new,
+         Address counts, bool advance, Address tickets, int n, int q_heads, int q_offset,
+         float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
+         int splits, bool in_cluster, Address part_out, Address part_lse, Address stream) {
+        DecodeParams params{};
+        params.cache =
+            cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots, pages,
+                         log2_page, dtype, k_cache, v_cache, cache_strides, seqlens, block_table);
+        params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
+        params.tickets = reinterpret_cast<uint32_t*>(tickets);
+        params.n = n;
+        params.q_heads = q_heads;
+        params.q_offset = q_offset;
+        params.softmax_scale = softmax_scale;
+        params.q = reinterpret_cast<const void*>(q);
+        params.q_strides = out_strides(q_strides);
+        params.out = reinterpret_cast<void*>(out);
+        params.lse = reinterpret_cast<float*>(lse);
+        params.splits = splits;
+        params.in_cluster = in_cluster;
+        params.part_out = reinterpret_cast<float*>(part_out);
+        params.part_lse = reinterpret_cast<float*>(part_lse);
+        params.stream = as_stream(stream);
+        py::gil_scoped_release release;
+        attn_decode(params);
+      },
+      py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
+      "slots"_a, "pages"_a, "log2_page"_a, "dtype"_a, "k_cache"_a, "v_cache"_a, "cache_strides"_a,
+      "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a, "counts"_a,
+      "advance"_a, "tickets"_a, "n"_a, "q_heads"_a, "q_offset"_a, "softmax_scale"_a, "q"_a,
+      "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "in_cluster"_a, "part_out"_a, "part_lse"_a,
+      "stream"_a);
 
   m.def(
       "merge_attn_states",

@@ -144,6 +144,70 @@ struct AttentionBwdParams {
   BwdPlan plan;
 };
 
+// Strides of a (batch, kv_heads, slots, head_dim) cache, or of its (pages, kv_heads, page_size,
+// head_dim) pages.
+struct CacheStrides {
+  int64_t block, head, slot;
+};
+
+// A KV cache. Position j of a sequence is in the slot that CacheSlots computes.
+struct CacheParams {
+  PatternParams pattern;  // causal
+  int32_t ring;        // slots of the ring, a multiple of 16; -1: each token's slot is its position
+  int32_t sink_slots;  // the sink rounded up to 16; 2^30 where everything is kept
+  int32_t batch, kv_heads, head_dim;
+  int32_t slots;             // that one sequence can have
+  int32_t pages, log2_page;  // width of the block table, log2 of the page size
+  DType dtype;
+  void* k;  // (batch, kv_heads, slots, head_dim) or pages, 16-byte aligned; likewise v
+  void* v;
+  CacheStrides strides;        // of both
+  int32_t* seqlens;            // (batch,)
+  const int32_t* block_table;  // (batch, pages), or nullptr: no pages
+};
+
+// Tokens that are appended.
+struct NewTokensParams {
+  const void* k;  // (batch, n, kv_heads, head_dim), or nullptr: none; 16-byte aligned, likewise v
+  const void* v;
+  OutStrides strides;     // of both
+  int32_t n;              // 0 without new tokens
+  const int32_t* counts;  // (batch,), or nullptr: n each
+  int32_t advance;        // whether seqlens become longer
+};
+
+struct CacheAppendParams {
+  CacheParams cache;
+  NewTokensParams new_tokens;
+  uint32_t* tickets;  // (batch,), zeros before and after; or nullptr without `advance`
+  cudaStream_t stream;
+};
+
+struct DecodeParams {
+  CacheParams cache;
+  NewTokensParams new_tokens;  // their queries are q
+  int32_t n, q_heads;
+  int32_t q_offset;  // row i stands at seqlens + q_offset + i
+  float softmax_scale;
+  const void* q;  // (batch, n, q_heads, head_dim), 16-byte aligned
+  OutStrides q_strides;
+  void* out;   // (batch, n, q_heads, head_dim), contiguous
+  float* lse;  // (batch, q_heads, n), contiguous
+  int32_t splits;
+  // Whether the splits of a row tile, 2 to 8, are a cluster (Hopper): then they need no part_out.
+  int32_t in_cluster;
+  // Results of the splits, or nullptr when there is one: (batch, kv_heads, row tiles, splits, rows
+  // of a tile, head_dim), and without the last dimension.
+  float* part_out;
+  float* part_lse;
+  uint32_t* tickets;  // (batch + batch * kv_heads * row tiles,), zeros before and after
+  cudaStream_t stream;
+  // Set by the launch.
+  float scale_log2;
+  int32_t group, row_tiles, stages;
+  uint32_t group_reciprocal;  // 2^16 / group, rounded up
+};
+
 // Each enqueues its kernel on `stream` of the current device, allocates nothing, waits for nothing,
 // and throws std::runtime_error when the launch fails. Empty shapes launch nothing.
 void merge_attn_states(const MergeParams& params);
@@ -153,5 +217,14 @@ void attn_bwd_sm90(const AttentionBwdParams& params);
 
 // What attn_bwd_sm90 needs for these sizes, pattern and multiprocessors; reads no pointer.
 BwdWorkspace attn_bwd_sm90_workspace(const AttentionBwdParams& params);
+void cache_append(const CacheAppendParams& params);
+void attn_decode(const DecodeParams& params);
+
+// Rows of the query that a thread block of `attn_decode` has, given all rows of a KV head: what the
+// sizes of part_out and tickets follow from.
+int decode_rows_per_tile(int rows, int head_dim);
+
+// Bytes of shared memory that a thread block of it needs at least.
+int decode_shared_bytes(int rows, int head_dim);
 
 }  // namespace longgen

@@ -15,7 +15,9 @@ import longgen_kernels
 from longgen_kernels import dispatch
 from longgen_kernels._version import __version__
 from longgen_kernels.attention import explain_attention
+from longgen_kernels.decode import explain_kvcache_attention
 from longgen_kernels.kernels.cuda import available, build_info
+from longgen_kernels.kv_cache import SparseKVCache
 from longgen_kernels.merge import explain_merge
 from longgen_kernels.patterns import AttentionPattern
 
@@ -31,7 +33,12 @@ def _merge(device: str) -> Reasons:
     return explain_merge(torch.empty(1, 128, 2, 128, dtype=torch.bfloat16, device=device))
 
 
-OPERATIONS: dict[str, Callable[[str], Reasons]] = {"attention": _attention, "merge": _merge}
+def _decode(device: str) -> Reasons:
+    cache = SparseKVCache(AttentionPattern.sink_window(sink=4, window=64), 1, 2, 128, 128, device=device)
+    return explain_kvcache_attention(torch.empty(1, 1, 2, 128, dtype=torch.bfloat16, device=device), cache)
+
+
+OPERATIONS: dict[str, Callable[[str], Reasons]] = {"attention": _attention, "merge": _merge, "decode": _decode}
 """For each operation the reasons by backend for bf16 tensors of head_dim 128 on a device."""
 
 

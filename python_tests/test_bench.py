@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("bench", reason="the sources have no bench/")
 
-from bench import compare, report, run
+from bench import compare, decode, report, run
 from bench.cases import (
     PATTERNS,
     VARIANTS,
@@ -440,3 +440,29 @@ def test_wrong_arguments_end_in_one_line(
     with pytest.raises(SystemExit):
         run.main(arguments)
     assert message in capsys.readouterr().err
+
+
+# -- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_decoding_runs_and_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "decode.json"
+    assert decode.main(["--quick", "--out", str(out)]) == 0
+    document = json.loads(out.read_text())
+    (record,) = document["records"]
+    assert (record["case"], record["peer"], record["status"], record["kept"]) == ("quick", "reference", "ok", 64)
+    assert record["bytes"] == 2 * 64 * 16 * 4
+    assert record["q1_us"] <= record["median_us"] <= record["q3_us"]
+    assert "quick: 64 keys" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_is_not_timed_while_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = decode.longgen_attn_with_kvcache
+    monkeypatch.setattr(
+        decode,
+        "longgen_attn_with_kvcache",
+        lambda *tensors, backend: right(*tensors, backend="reference") * (1.0 if backend == "reference" else 1.01),
+    )
+    record = decode.time_case(decode.QUICK, "triton", torch.device("cpu"), Effort(0.0, min_repeats=2))
+    assert record["status"] == "error"
+    assert "wrong, so not timed: off by" in record["reason"]

@@ -118,7 +118,7 @@ def test_main_reports(capfd: pytest.CaptureFixture[str]) -> None:
     subprocess.run([sys.executable, "-m", "longgen_kernels"], check=True)
     report = capfd.readouterr().out
     assert __version__ in report
-    for operation in ("attention", "merge"):
+    for operation in ("attention", "merge", "decode"):
         rows = [line.split()[1] for line in report.splitlines() if line.startswith(f"  {operation} ")]
         assert rows == ["cuda", "triton", "reference"]
 

@@ -15,11 +15,13 @@ REASON = "Longer than 400 lines because"
 # Each layer imports only from those before it; the entries of one layer do not import each other.
 LAYERS = [
     ["longgen_kernels._version", "longgen_kernels._C", "longgen_kernels._build_info", "longgen_kernels.patterns"],
-    ["longgen_kernels.kernels.problem"],
+    ["longgen_kernels.cache_layout", "longgen_kernels.kernels.problem"],
+    ["longgen_kernels.kernels.cache_problem"],
     ["longgen_kernels.kernels.reference", "longgen_kernels.kernels.triton", "longgen_kernels.kernels.cuda"],
     ["longgen_kernels.dispatch"],
     ["longgen_kernels.ops"],
-    ["longgen_kernels.attention", "longgen_kernels.merge"],
+    ["longgen_kernels.attention", "longgen_kernels.merge", "longgen_kernels.kv_cache"],
+    ["longgen_kernels.decode", "longgen_kernels.paged_kv_cache"],
     ["longgen_kernels"],
     ["longgen_kernels.__main__", "model_integration"],
 ]

@@ -2,6 +2,12 @@
 
 from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd
 from longgen_kernels.kernels.cuda.backward import attn_bwd, backward_unsupported
+from longgen_kernels.kernels.cuda.decode import (
+    cache_append,
+    cache_attention_unsupported,
+    cache_attn,
+    cache_unsupported,
+)
 from longgen_kernels.kernels.cuda.extension import available, build_info
 from longgen_kernels.kernels.cuda.merge import merge_attn_states, merge_attn_states_bwd, merge_unsupported
 
@@ -12,6 +18,10 @@ __all__ = [
     "available",
     "backward_unsupported",
     "build_info",
+    "cache_append",
+    "cache_attention_unsupported",
+    "cache_attn",
+    "cache_unsupported",
     "merge_attn_states",
     "merge_attn_states_bwd",
     "merge_unsupported",

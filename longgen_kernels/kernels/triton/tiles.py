@@ -57,6 +57,21 @@ def tile_for(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.devic
     return Tile(min(tile.block_m, mask_block), min(tile.block_n, mask_block), tile.num_warps, tile.num_stages)
 
 
+def cache_tile(rows: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The tile of attention to a KV cache: `rows` are the query tokens times the heads of a group. Not measured.
+
+    Few rows: reading decides, and long tiles keep more bytes in flight. Many, as in a chunk of a prompt: as in "fwd".
+    """
+    if INTERPRETED:
+        return Tile(16, 32, 1, 1)
+    block_m = min(64, max(16, 1 << (rows - 1).bit_length()))
+    if dtype == torch.float32:
+        return Tile(min(block_m, 32), 32, 4, 1)
+    # 64 x 64 of head_dim 128 spills: masks and slots take registers that "fwd" has to spare.
+    block_n = 64 if head_dim <= 128 and padded_head_dim(head_dim) * block_m <= 4096 else 32
+    return Tile(block_m, block_n, 4, 3 if head_dim <= 128 else 2)
+
+
 @lru_cache
 def _shared_memory(device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)

@@ -1,0 +1,250 @@
+"""Measure decoding from a KV cache: `python -m bench.decode --cases mha_9216,mha_2048 --out FILE.json`.
+
+One query token a sequence, through as many layers' caches as no level-2 cache holds, replayed as one CUDA graph: what
+a model's decoding step pays for attention, a layer. Peers run dense attention over a compact cache of the same number
+of keys. Bandwidth counts each kept key and value once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from bench import gate, machine
+from bench.peers import one_line
+from bench.timing import Effort, Result, Timing, measure
+from longgen_kernels import AttentionPattern, SparseKVCache, longgen_attn_with_kvcache
+
+SEEN = 131072  # tokens, of which a sparse cache keeps a part
+SPARE = 4096  # tokens that timed steps may append
+LAYERS_BYTES = 1 << 30  # of all layers' caches together: many times a level-2 cache
+MAX_LAYERS = 32
+Step = Callable[[], Tensor]  # decodes one token in one layer
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """One decoding step of `batch` sequences of `seen` tokens under a pattern."""
+
+    name: str
+    pattern: AttentionPattern
+    batch: int = 1
+    q_heads: int = 32
+    kv_heads: int = 32
+    head_dim: int = 128
+    seen: int = SEEN
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def kept(self) -> int:
+        """Keys that a query sees."""
+        return self.pattern.kept_tokens(self.seen)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of those keys and values."""
+        return 2 * self.batch * self.kv_heads * self.kept * self.head_dim * self.dtype.itemsize
+
+    @property
+    def layers(self) -> int:
+        return min(MAX_LAYERS, max(2, math.ceil(LAYERS_BYTES / self.nbytes)))
+
+
+_A = AttentionPattern
+_2048, _9216 = _A.sink_window(sink=128, window=1920), _A.sink_window(sink=1024, window=8192)
+CASES = {
+    case.name: case
+    for case in (
+        DecodeCase("mha_2048", _2048),
+        DecodeCase("mha_9216", _9216),
+        DecodeCase("mha_128K", _A.causal()),
+        DecodeCase("gqa_2048", _2048, kv_heads=8),
+        DecodeCase("gqa_9216", _9216, kv_heads=8),
+        DecodeCase("gqa_128K", _A.causal(), kv_heads=8),
+        DecodeCase("mha_2048_batch_8", _2048, batch=8),
+        DecodeCase("mha_9216_batch_8", _9216, batch=8),
+        DecodeCase("gqa_128K_batch_8", _A.causal(), batch=8, kv_heads=8),
+        DecodeCase("strided", _A.strided(16, 64, window=1024)),
+    )
+}
+QUICK = DecodeCase("quick", _A.sink_window(4, 60), q_heads=2, kv_heads=1, head_dim=16, seen=500, dtype=torch.float32)
+
+
+def ours(backend: str, append: bool) -> Callable[[DecodeCase, torch.device], list[Step]]:
+    """The package's public function on a `SparseKVCache`; with `append` each step's token is added too."""
+
+    def layers(case: DecodeCase, device: torch.device) -> list[Step]:
+        return [layer(case, device, check=i == 0) for i in range(case.layers)]
+
+    def layer(case: DecodeCase, device: torch.device, check: bool) -> Step:
+        sizes = (case.batch, case.kv_heads, case.head_dim, case.seen + SPARE)
+        cache = SparseKVCache(case.pattern, *sizes, dtype=case.dtype, device=device)
+        for x in (cache.k, cache.v):
+            x.normal_()
+        cache.seqlens.fill_(case.seen)
+        cache.advanced(case.seen)
+        q, k, v = (_normal(case, device, 1, heads) for heads in (case.q_heads, case.kv_heads, case.kv_heads))
+        new = (k, v) if append else ()
+        failure = _wrong(case, cache, q, new, backend) if check else None
+        if failure is not None:
+            raise RuntimeError(f"wrong, so not timed: {failure}")
+        return lambda: longgen_attn_with_kvcache(q, cache, *new, backend=backend)
+
+    return layers
+
+
+def sdpa(backend: SDPBackend) -> Callable[[DecodeCase, torch.device], list[Step]]:
+    """PyTorch's attention over a compact cache (batch, kv_heads, kept, head_dim)."""
+
+    def layer(case: DecodeCase, device: torch.device) -> Step:
+        q = _normal(case, device, 1, case.q_heads).transpose(1, 2)
+        k, v = (_normal(case, device, case.kept, case.kv_heads).transpose(1, 2).contiguous() for _ in range(2))
+
+        def step() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, enable_gqa=case.q_heads != case.kv_heads)
+
+        return step
+
+    return lambda case, device: [layer(case, device) for _ in range(case.layers)]
+
+
+def fa3(case: DecodeCase, device: torch.device) -> list[Step]:
+    """FlashAttention-3's decoding, where it is installed."""
+    import flash_attn_interface  # type: ignore[import-not-found]
+
+    lengths = torch.full((case.batch,), case.kept, dtype=torch.int32, device=device)
+
+    def layer() -> Step:
+        q = _normal(case, device, 1, case.q_heads)
+        k, v = (_normal(case, device, case.kept, case.kv_heads) for _ in range(2))
+        return lambda: flash_attn_interface.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+
+    return [layer() for _ in range(case.layers)]
+
+
+PEERS: dict[str, Callable[[DecodeCase, torch.device], list[Step]]] = {
+    "cuda": ours("cuda", append=False),
+    "cuda_append": ours("cuda", append=True),
+    "triton": ours("triton", append=False),
+    "triton_append": ours("triton", append=True),
+    "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "fa2_sdpa": sdpa(SDPBackend.FLASH_ATTENTION),
+    "fa3": fa3,
+    "reference": ours("reference", append=True),
+}
+
+
+def read_bandwidth(device: torch.device, effort: Effort) -> float:
+    """Bytes a second of a kernel that only reads, 2 GiB at once."""
+    from bench.read_kernel import read_kernel
+
+    x = torch.zeros(1 << 29, dtype=torch.float32, device=device)
+    block = 8192
+    sums = torch.empty(x.numel() // block, dtype=torch.float32, device=device)
+
+    def read() -> Tensor:
+        read_kernel[(sums.numel(),)](x, sums, BLOCK=block, num_warps=8)
+        return sums
+
+    return x.nbytes / (measure(read, device, effort)[0].median_ms * 1e-3)
+
+
+def time_case(case: DecodeCase, name: str, device: torch.device, effort: Effort) -> dict[str, Any]:
+    """One peer on one case: microseconds a layer and bytes a second, or the reason why there are none."""
+    record: dict[str, Any] = {"case": case.name, "peer": name, "kept": case.kept, "bytes": case.nbytes}
+    record["layers"] = case.layers
+    try:
+        steps = PEERS[name](case, device)
+
+        def model() -> Result:
+            return tuple(step() for step in steps)
+
+        with torch.no_grad():
+            timing: Timing = measure(model, device, effort)[0]
+    except Exception as error:  # its result, and no reason to stop the others
+        return record | {"status": "error", "reason": one_line(error)}
+    to_us = 1e3 / case.layers
+    times = {f"{q}_us": getattr(timing, f"{q}_ms") * to_us for q in ("median", "q1", "q3", "min")}
+    return record | {"status": "ok", **times, "tbps": case.nbytes / times["median_us"] * 1e-6}
+
+
+def _normal(case: DecodeCase, device: torch.device, tokens: int, heads: int) -> Tensor:
+    return torch.randn(case.batch, tokens, heads, case.head_dim, device=device, dtype=case.dtype)
+
+
+def _wrong(case: DecodeCase, cache: SparseKVCache, q: Tensor, new: tuple[Tensor, ...], backend: str) -> str | None:
+    """What is wrong with the first step's output, by the reference on a copy of the cache; None if nothing is."""
+    copy = SparseKVCache.from_state_dict(cache.state_dict())
+    exact = longgen_attn_with_kvcache(q, copy, *new, backend="reference").float()
+    got = longgen_attn_with_kvcache(q, cache, *new, backend=backend).float()
+    # An average of n values of variance 1 is about n ** -0.5; weights and result are rounded once each.
+    allowed = gate.FACTOR * 4 * torch.finfo(case.dtype).eps * max(1e-3, exact.abs().max().item()) + gate.ATOL
+    error = (got - exact).abs().max().item()
+    return None if error <= allowed else f"off by {error:.2e}, allowed is {allowed:.2e}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 1 if one of this package's kernels failed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--cases", default=",".join(CASES), help=f"from {', '.join(CASES)} (default: all)")
+    parser.add_argument("--peers", help=f"from {', '.join(PEERS)} (default: what is installed)")
+    parser.add_argument("--budget", type=float, default=0.2, help="seconds of timed runs per measurement")
+    parser.add_argument("--quick", action="store_true", help="a tiny run that tests the script, without a GPU too")
+    parser.add_argument("--commit", help="recorded where the sources have no .git")
+    parser.add_argument("--out", type=Path, help="JSON result file")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.quick else "cpu")
+    on_gpu = device.type == "cuda"
+    has_fa3 = importlib.util.find_spec("flash_attn_interface") is not None
+    installed = [name for name in PEERS if name != "reference" and (name != "fa3" or has_fa3)]
+    peers = args.peers.split(",") if args.peers else installed if on_gpu else ["reference"]
+    cases = [QUICK] if args.quick else [CASES[name] for name in args.cases.split(",")]
+    effort = Effort(args.budget, cuda_graph=on_gpu) if on_gpu else Effort(0.0, warmups=1, min_repeats=3)
+
+    document: dict[str, Any] = {"machine": machine.describe(device, args.commit), "effort": asdict(effort)}
+    records: list[dict[str, Any]] = []
+    document["records"] = records
+    with torch.cuda.stream(torch.cuda.Stream(device)) if on_gpu else contextlib.nullcontext():
+        peak = read_bandwidth(device, effort) if on_gpu else math.nan
+        document["read_bandwidth"] = peak if on_gpu else None
+        if on_gpu:
+            print(f"read-only bandwidth {peak / 1e12:.2f} TB/s")
+        for case in cases:
+            print(f"{case.name}: {case.kept} keys, {case.nbytes / 1e6:.1f} MB a layer, {case.layers} layers")
+            for name in peers:
+                record = time_case(case, name, device, effort)
+                records.append(record)
+                print("  " + _line(record, peak), flush=True)
+                if on_gpu:
+                    torch.cuda.empty_cache()
+                if args.out is not None:
+                    args.out.parent.mkdir(parents=True, exist_ok=True)
+                    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    own = [r for r in records if r["peer"].split("_")[0] in ("cuda", "triton", "reference")]
+    return int(any(r["status"] == "error" for r in own))
+
+
+def _line(record: dict[str, Any], peak: float) -> str:
+    if record["status"] != "ok":
+        return f"{record['peer']:<14} {record['reason']}"
+    share = "" if math.isnan(peak) else f" ({record['tbps'] * 1e12 / peak:.0%} of reading)"
+    spread = f"{record['q1_us']:.1f} to {record['q3_us']:.1f}"
+    return f"{record['peer']:<14} {record['median_us']:8.1f} us [{spread}]  {record['tbps']:.2f} TB/s{share}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

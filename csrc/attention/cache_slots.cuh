@@ -1,0 +1,147 @@
+// Which slots of a KV cache a tile of queries visits, and which token each slot holds.
+//
+// The same arithmetic as Python's CacheLayout. A sequence's chunks of kChunk slots are enumerated
+// in two runs: its permanent tokens, in order of their slots, and the part of its ring that the
+// window shows, in order of position. The slots of a chunk are neighbours in memory wherever a
+// cache is compact.
+#pragma once
+
+#include <climits>
+
+#include "params.h"
+
+namespace longgen {
+
+constexpr int kChunk = 16;  // slots; the ring and the sink are multiples of it
+
+class CacheSlots {
+ public:
+  // Queries stand at positions p_first to p_last; keys are at positions below `end`.
+  __device__ CacheSlots(const CacheParams& cache, int kv_head, int p_first, int p_last, int end)
+      : cache_(cache), window_(cache.pattern.window) {
+    const PatternParams& pattern = cache.pattern;
+    const int shift = pattern.log2_block;
+    if (!compact()) end = min(end, cache.slots);
+    hi_ = min(end, p_last + 1);
+    n_permanent_ = max(min(hi_, cache.sink_slots), 0);
+    if (pattern.stride != 0) {
+      const int stride = pattern.stride;
+      phase_ = (pattern.phase_offset + pattern.phase_step * kv_head) % stride;
+      const int low = cache.sink_slots >> shift;
+      first_block_ = low + (stride - (low + phase_) % stride) % stride;
+      const int blocks_below = hi_ > 0 ? ((hi_ - 1) >> shift) + 1 : 0;
+      if (hi_ > cache.sink_slots && blocks_below > first_block_) {
+        const int blocks = (blocks_below - first_block_ + stride - 1) / stride;
+        const int overhang = max(((first_block_ + (blocks - 1) * stride + 1) << shift) - hi_, 0);
+        n_permanent_ += (blocks << shift) - overhang;
+      }
+    }
+    if (compact()) n_permanent_ = min(n_permanent_, cache.slots - cache.ring);
+    permanent_chunks_ = (n_permanent_ + kChunk - 1) / kChunk;
+    chunks_ = permanent_chunks_;
+    if (pattern.window_kind == Window::kNone || window_ == 0) return;
+    lo_ = pattern.window_kind == Window::kTokens ? p_first + 1 - window_
+                                                 : ((p_first >> shift) + 1 - window_) << shift;
+    lo_ = max(lo_, cache.sink_slots);
+    ring_chunk_ = lo_ / kChunk;
+    if (cache.ring > 0) ring_slot_ = ring_chunk_ * kChunk % cache.ring;
+    if (hi_ > lo_) chunks_ += (hi_ + kChunk - 1) / kChunk - ring_chunk_;
+  }
+
+  __device__ __forceinline__ int count() const { return chunks_; }
+
+  // A token: its position, the last query position that sees it, and its slot (-1: there is none).
+  struct Token {
+    int position, until, slot;
+  };
+
+  __device__ __forceinline__ Token token(int chunk, int row) const {
+    constexpr Token kNone{0, -1, -1};
+    const int shift = cache_.pattern.log2_block;
+    if (chunk < permanent_chunks_) {
+      const int index = chunk * kChunk + row;
+      int position = index;
+      if (index >= cache_.sink_slots) {
+        const int inside = index - cache_.sink_slots;
+        const int block = first_block_ + (inside >> shift) * cache_.pattern.stride;
+        position = (block << shift) + (inside & ((1 << shift) - 1));
+        if (position < cache_.sink_slots) return kNone;  // it is in the sink
+      }
+      if (index >= n_permanent_ || position >= hi_) return kNone;
+      return {position, last_seen(position), compact() ? cache_.ring + index : position};
+    }
+    const int ahead = (chunk - permanent_chunks_) * kChunk;
+    const int position = ring_chunk_ * kChunk + ahead + row;
+    if (position < lo_ || position >= hi_ || is_strided(position)) return kNone;
+    if (!compact()) return {position, last_seen(position), position};
+    // Two turns suffice: the run is no longer than the ring and a chunk.
+    int slot = ring_slot_ + ahead;
+    if (slot >= cache_.ring) slot -= cache_.ring;
+    if (slot >= cache_.ring) slot -= cache_.ring;
+    return {position, last_seen(position), slot + row};
+  }
+
+  // The chunk that holds the token at this position, or -1.
+  __device__ __forceinline__ int chunk_of(int position) const {
+    if (position >= hi_) return -1;
+    const int index = permanent_index(position);
+    if (index >= 0) return index < n_permanent_ ? index / kChunk : -1;
+    if (chunks_ == permanent_chunks_ || position < lo_) return -1;
+    return permanent_chunks_ + position / kChunk - ring_chunk_;
+  }
+
+  // The slot of a token in a sequence that will have `end` tokens; -1 where it is not kept, or a
+  // later one of them takes its place.
+  __device__ __forceinline__ int slot(int position, int end) const {
+    if (!compact()) return position;
+    const int index = permanent_index(position);
+    if (index >= 0) return cache_.ring + index;
+    return cache_.ring > 0 && position + cache_.ring >= end ? position % cache_.ring : -1;
+  }
+
+ private:
+  // A token's place among the permanent ones, or -1.
+  __device__ __forceinline__ int permanent_index(int position) const {
+    if (position < cache_.sink_slots) return position;
+    if (!is_strided(position)) return -1;
+    const int shift = cache_.pattern.log2_block;
+    const int rank = ((position >> shift) - first_block_) / cache_.pattern.stride;
+    return cache_.sink_slots + (rank << shift) + (position & ((1 << shift) - 1));
+  }
+
+  __device__ __forceinline__ bool compact() const { return cache_.ring >= 0; }
+
+  __device__ __forceinline__ bool is_strided(int position) const {
+    const PatternParams& pattern = cache_.pattern;
+    return pattern.stride != 0 && ((position >> pattern.log2_block) + phase_) % pattern.stride == 0;
+  }
+
+  __device__ __forceinline__ int last_seen(int position) const {
+    const PatternParams& pattern = cache_.pattern;
+    if (pattern.window_kind == Window::kNone || position < pattern.sink || is_strided(position))
+      return INT_MAX;
+    if (pattern.window_kind == Window::kTokens) return position + window_ - 1;
+    return (((position >> pattern.log2_block) + window_) << pattern.log2_block) - 1;
+  }
+
+  const CacheParams& cache_;
+  int window_;
+  int hi_ = 0, lo_ = 0;
+  int n_permanent_ = 0, permanent_chunks_ = 0, chunks_ = 0, ring_chunk_ = 0, ring_slot_ = 0;
+  int first_block_ = 0, phase_ = 0;
+};
+
+// Offset of a slot's row, in elements; -1 where there is none.
+__device__ __forceinline__ int64_t slot_offset(const CacheParams& cache, int sequence, int kv_head,
+                                               int slot) {
+  if (slot < 0 || slot >= cache.slots) return -1;
+  int64_t block = sequence;
+  if (cache.block_table != nullptr) {
+    block = __ldg(cache.block_table + int64_t(sequence) * cache.pages + (slot >> cache.log2_page));
+    if (block < 0) return -1;
+    slot &= (1 << cache.log2_page) - 1;
+  }
+  return block * cache.strides.block + kv_head * cache.strides.head + slot * cache.strides.slot;
+}
+
+}  // namespace longgen

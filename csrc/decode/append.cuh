@@ -1,0 +1,45 @@
+// Writing new tokens to a cache.
+#pragma once
+
+#include "attention/cache_slots.cuh"
+#include "params.h"
+
+namespace longgen::decode {
+
+// How many new tokens a sequence gets.
+__device__ __forceinline__ int new_tokens(const NewTokensParams& tokens, int sequence) {
+  return tokens.counts == nullptr ? tokens.n : min(max(tokens.counts[sequence], 0), tokens.n);
+}
+
+// A warp copies key and value of a sequence's new token `i` to a slot.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ void write_token(const CacheParams& cache, const NewTokensParams& tokens,
+                                            int sequence, int kv_head, int i, int slot) {
+  const int64_t target = slot_offset(cache, sequence, kv_head, slot);
+  if (target < 0) return;
+  const int64_t source =
+      sequence * tokens.strides.batch + i * tokens.strides.seqlen + kv_head * tokens.strides.head;
+  constexpr int kPieces = kHeadDim / 8;  // of 16 bytes
+  for (int piece = threadIdx.x % 32; piece < 2 * kPieces; piece += 32) {
+    const bool is_key = piece < kPieces;
+    const int column = piece % kPieces * 8;
+    const T* const from = static_cast<const T*>(is_key ? tokens.k : tokens.v) + source + column;
+    T* const to = static_cast<T*>(is_key ? cache.k : cache.v) + target + column;
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  }
+}
+
+// Whether this block is the last of `blocks` to come here: it sees all that the others wrote to
+// global memory before. Leaves the ticket as it was before the first.
+__device__ __forceinline__ bool is_last(uint32_t* ticket, int blocks) {
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    last = atomicInc(ticket, blocks - 1) == blocks - 1;
+    __threadfence();
+  }
+  return __syncthreads_or(last);
+}
+
+}  // namespace longgen::decode

@@ -1,0 +1,196 @@
+"""Launches the kernels of csrc/decode."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longgen_kernels.cache_layout import GRANULE, MAX_QUERY_TOKENS
+from longgen_kernels.kernels.cache_problem import (
+    CacheProblem,
+    CacheTensors,
+    NewTokens,
+    max_tiles,
+    multiprocessors,
+    num_splits,
+    tickets_needed,
+)
+from longgen_kernels.kernels.cuda.extension import available
+
+_DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+_HEAD_DIMS = (64, 96, 128, 256)
+_MAX_GROUP = 16  # query heads of a KV head
+_MAX_CLUSTER = 8  # thread blocks
+_WARPS = 4  # of a thread block; each takes every fourth chunk of 16 slots
+
+
+def cache_unsupported(cache: CacheTensors) -> str | None:
+    """None if the kernels can append to the cache, otherwise the reason."""
+    reason = available(cache.k.device)
+    if reason is not None:
+        return reason
+    if cache.k.dtype not in _DTYPE_NAMES:
+        return f"takes float16 and bfloat16, got {cache.k.dtype}"
+    if cache.head_dim not in _HEAD_DIMS:
+        return f"takes head_dim 64, 96, 128 and 256, got {cache.head_dim}"
+    if cache.k.stride() != cache.v.stride():
+        return f"takes k and v of one layout in memory, got strides {cache.k.stride()} and {cache.v.stride()}"
+    if not _is_aligned(cache.k) or not _is_aligned(cache.v):
+        return f"takes caches with rows at multiples of 16 bytes, got strides {cache.k.stride()}"
+    page = cache.page_size
+    if cache.block_table is not None and (page < GRANULE or page & (page - 1)):
+        return f"takes pages of a power of two of at least {GRANULE} tokens, got {page}"
+    if cache.kv_heads > 65535 // MAX_QUERY_TOKENS or cache.batch > 65535:
+        return f"takes up to 4095 KV heads and 65535 sequences, got {cache.kv_heads} and {cache.batch}"
+    return None
+
+
+def cache_attention_unsupported(problem: CacheProblem) -> str | None:
+    """None if the kernels can attend to the problem's cache, otherwise the reason."""
+    if problem.n > MAX_QUERY_TOKENS:
+        return f"takes up to {MAX_QUERY_TOKENS} query tokens, got {problem.n}"
+    if problem.group > _MAX_GROUP:
+        return f"takes up to {_MAX_GROUP} query heads a KV head, got {problem.group}"
+    if problem.new is not None and problem.new.n != problem.n:
+        return f"takes as many new tokens as queries, got {problem.new.n} and {problem.n}"
+    reason = cache_unsupported(problem.cache)
+    if reason is not None:
+        return reason
+    from longgen_kernels import _C
+
+    needed = _C.decode_shared_bytes(rows=problem.n * problem.group, head_dim=problem.cache.head_dim)
+    has = _shared_memory(problem.q.device)
+    if needed > has:
+        return f"needs {needed} bytes of shared memory a thread block for head_dim {problem.cache.head_dim}, has {has}"
+    return None
+
+
+def cache_append(cache: CacheTensors, new: NewTokens) -> None:
+    """Writes the new tokens to their slots and adds them to the lengths, in one launch."""
+    from longgen_kernels import _C
+
+    k, v = _aligned(new.k, new.v)
+    tickets = _tickets(cache)
+    with torch.cuda.device_of(cache.k):
+        _C.cache_append(**_cache(cache), **_new_tokens(new, k, v), tickets=tickets.data_ptr(), stream=_stream(k))
+
+
+def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
+    """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`), the new tokens appended first, in one launch."""
+    from longgen_kernels import _C
+
+    q, cache, new = problem.q, problem.cache, problem.new
+    batch, n, q_heads, head_dim = q.shape
+    q = _aligned(q)[0]
+    out = torch.empty(problem.q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
+    rows = _C.decode_rows_per_tile(rows=n * problem.group, head_dim=head_dim)
+    row_tiles = -(-n * problem.group // rows)
+    blocks = batch * cache.kv_heads * row_tiles
+    # Two blocks share a multiprocessor, but for the widest heads, whose stages fill its shared memory.
+    resident = (2 if head_dim <= 128 else 1) * multiprocessors(q.device)
+    splits = num_splits(blocks, max_tiles(cache, GRANULE * _WARPS), resident)
+    in_cluster = 1 < splits <= _MAX_CLUSTER and _has_clusters(q.device)
+    part_out = part_lse = None
+    if splits > 1 and not in_cluster:
+        part_lse = torch.empty(blocks * splits * rows, dtype=torch.float32, device=q.device)
+        part_out = torch.empty(blocks * splits * rows * head_dim, dtype=torch.float32, device=q.device)
+    k, v = (q, q) if new is None else _aligned(new.k, new.v)
+    tickets = _tickets(cache)
+    with torch.cuda.device_of(q):
+        _C.attn_decode(
+            **_cache(cache),
+            **_new_tokens(new, k, v),
+            tickets=tickets.data_ptr(),
+            n=n,
+            q_heads=q_heads,
+            q_offset=problem.q_offset,
+            softmax_scale=problem.softmax_scale,
+            q=q.data_ptr(),
+            q_strides=(q.stride(0), q.stride(1), q.stride(2)),
+            out=out.data_ptr(),
+            lse=lse.data_ptr(),
+            splits=splits,
+            in_cluster=in_cluster,
+            part_out=_address(part_out),
+            part_lse=_address(part_lse),
+            stream=_stream(q),
+        )
+    return out, lse
+
+
+@lru_cache
+def _shared_memory(device: torch.device) -> int:
+    # Where PyTorch does not say, the launch does.
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 30))
+
+
+@lru_cache
+def _has_clusters(device: torch.device) -> bool:
+    """Thread block clusters need code for Hopper itself: later GPUs run the kernels' PTX, which is for sm_80."""
+    from longgen_kernels import _C
+
+    return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _C.build_info()["cuda_archs"].split(",")
+
+
+def _cache(cache: CacheTensors) -> dict[str, Any]:
+    layout = cache.layout
+    return {
+        "pattern": layout.pattern.encode(),
+        "ring": -1 if layout.ring is None else layout.ring,
+        "sink_slots": layout.sink_slots,
+        "batch": cache.batch,
+        "kv_heads": cache.kv_heads,
+        "head_dim": cache.head_dim,
+        "slots": cache.slots,
+        "pages": 0 if cache.block_table is None else cache.block_table.shape[1],
+        "log2_page": 0 if cache.block_table is None else cache.page_size.bit_length() - 1,
+        "dtype": _DTYPE_NAMES[cache.k.dtype],
+        "k_cache": cache.k.data_ptr(),
+        "v_cache": cache.v.data_ptr(),
+        "cache_strides": cache.k.stride()[:3],
+        "seqlens": cache.seqlens.data_ptr(),
+        "block_table": _address(cache.block_table),
+    }
+
+
+def _new_tokens(new: NewTokens | None, k: Tensor, v: Tensor) -> dict[str, Any]:
+    return {
+        "k": k.data_ptr(),
+        "v": v.data_ptr(),
+        "new_strides": k.stride()[:3],
+        "n_new": 0 if new is None else new.n,
+        "counts": _address(None if new is None else new.counts),
+        "advance": new is not None and new.advance,
+    }
+
+
+def _tickets(cache: CacheTensors) -> Tensor:
+    """The cache's own, or zeros, which cost a launch."""
+    if cache.tickets is not None:
+        return cache.tickets
+    return torch.zeros(tickets_needed(cache.batch, cache.kv_heads), dtype=torch.int32, device=cache.k.device)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Do all rows start at multiples of 16 bytes? The stride of a dimension of one element is never taken."""
+    strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
+
+
+def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, or copies of them, with aligned rows and one layout in memory."""
+    if all(_is_aligned(x) and x.stride() == tensors[0].stride() for x in tensors):
+        return tensors
+    return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

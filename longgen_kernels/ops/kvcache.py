@@ -1,0 +1,103 @@
+"""The operators `torch.ops.longgen_kernels.kvcache_attn`, `kvcache_append` and `kvcache_append_attn`.
+
+The first is functional, the others declare that they write to the cache. A cache travels as its tensors, the ints of
+its pattern and the size of its ring (-1: each token's slot is its position). The backend is chosen when one runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longgen_kernels import dispatch
+from longgen_kernels.cache_layout import CacheLayout
+from longgen_kernels.kernels import cuda, reference, triton
+from longgen_kernels.kernels.cache_problem import CacheProblem, CacheTensors, NewTokens
+from longgen_kernels.patterns import AttentionPattern, decode_pattern
+
+BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
+
+lib = torch.library.Library("longgen_kernels", "FRAGMENT")
+
+# The tickets are a kernel's counters, zeros again when it ends: nobody sees that they are written to.
+_LAYOUT = "Tensor? tickets, Tensor? block_table, int[] pattern, int ring"
+_WRITTEN = f"Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) seqlens, {_LAYOUT}"
+_NEW = "Tensor k, Tensor v, Tensor? counts, bool advance"
+lib.define(
+    f"kvcache_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, {_LAYOUT}, "
+    "float softmax_scale, SymInt q_offset, str backend) -> (Tensor, Tensor)"
+)
+lib.define(f"kvcache_append({_WRITTEN}, {_NEW}, str backend) -> ()")
+lib.define(f"kvcache_append_attn(Tensor q, {_WRITTEN}, {_NEW}, float softmax_scale, str backend) -> (Tensor, Tensor)")
+
+
+def support(problem: CacheProblem) -> dict[str, dispatch.Support]:
+    """For each backend the question whether it can run this problem."""
+    return {name: lambda b=backend: b.cache_attention_unsupported(problem) for name, backend in BACKENDS.items()}  # type: ignore[misc]
+
+
+def append_support(cache: CacheTensors) -> dict[str, dispatch.Support]:
+    """For each backend the question whether it can append to this cache."""
+    return {name: lambda b=backend: b.cache_unsupported(cache) for name, backend in BACKENDS.items()}  # type: ignore[misc]
+
+
+def _cache(
+    k: Tensor, v: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None, code: list[int], ring: int
+) -> CacheTensors:
+    pattern = decode_pattern(code)
+    assert isinstance(pattern, AttentionPattern)
+    return CacheTensors(k, v, seqlens, CacheLayout(pattern, None if ring < 0 else ring), table, tickets)
+
+
+def _run(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = dispatch.choose(backend, support(problem), "attention to a KV cache", problem.q.device.type)
+    if problem.q.numel() == 0:
+        if problem.new is not None:
+            BACKENDS[chosen].cache_append(problem.cache, problem.new)
+        return _results_fake(problem.q)
+    out, lse = BACKENDS[chosen].cache_attn(problem)
+    return out, lse
+
+
+def _attn(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
+    pattern: list[int], ring: int, softmax_scale: float, q_offset: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring)
+    return _run(CacheProblem(q, cache, softmax_scale, q_offset), backend)
+
+
+def _append(
+    k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
+    pattern: list[int], ring: int, k: Tensor, v: Tensor, counts: Tensor | None, advance: bool, backend: str,
+) -> None:  # fmt: skip
+    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring)
+    chosen = dispatch.choose(backend, append_support(cache), "appending to a KV cache", k.device.type)
+    BACKENDS[chosen].cache_append(cache, NewTokens(k, v, counts, advance))
+
+
+def _append_attn(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
+    pattern: list[int], ring: int, k: Tensor, v: Tensor, counts: Tensor | None, advance: bool, softmax_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring)
+    return _run(CacheProblem(q, cache, softmax_scale, 0, NewTokens(k, v, counts, advance)), backend)
+
+
+def _results_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, n, heads, _ = q.shape
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty((batch, heads, n), dtype=dtype)
+
+
+for _name, _impl, _fake in (
+    ("kvcache_attn", _attn, _results_fake),
+    ("kvcache_append", _append, lambda *_: None),
+    ("kvcache_append_attn", _append_attn, _results_fake),
+):
+    for _key in ("CPU", "CUDA"):
+        lib.impl(_name, _impl, _key)
+    torch.library.register_fake(f"longgen_kernels::{_name}", _fake, lib=lib)
