@@ -268,7 +268,6 @@ def _call(
         cu_seqlens_q, cu_seqlens_k, q_starts, k_starts, deterministic, backend,
     )  # fmt: skip
     if block_table is None:
-        out, lse = torch.ops.longgen_kernels.attn_fwd.default(q, k, v, *problem)
-    else:
-        out, lse = torch.ops.longgen_kernels.attn_paged_fwd.default(q, k, v, block_table, *problem)
+        return attention_ops.attn_fwd(q, k, v, *problem)
+    out, lse = torch.ops.longgen_kernels.attn_paged_fwd.default(q, k, v, block_table, *problem)
     return out, lse

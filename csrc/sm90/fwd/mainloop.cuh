@@ -149,8 +149,10 @@ class MathWarpgroup {
     if (threadIdx.x % 128 == 0) shared_.redo[warpgroup_][slot] = 0;
   }
 
-  // One arrival a warp: a warp's own wgmma_wait says nothing about its neighbours.
+  // One arrival a warp, when all its lanes have read what they need: a warp's own wgmma_wait says
+  // nothing about its neighbours.
   __device__ __forceinline__ void release(Mbarrier& empty) {
+    __syncwarp();
     if (lane_ == 0) empty.arrive();
   }
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, argument, hopper_unsupported
+from longgen_kernels.kernels.cuda.arguments import (
+    DTYPE_NAMES,
+    address,
+    argument,
+    current_stream,
+    hopper_unsupported,
+    on_device,
+)
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import AttentionPattern, BlockMask
 
@@ -36,7 +43,7 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     q, k, pattern, table = problem.q, problem.k, problem.pattern, problem.block_table
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-    with torch.cuda.device(q.device):
+    with on_device(q):
         _C.attn_fwd_sm90(
             pattern=pattern.encode(),
             mask_rows=address(pattern.rows if isinstance(pattern, BlockMask) else None),
@@ -63,6 +70,6 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
             pages=k.shape[0] if table is not None else 0,
             page_size=k.shape[1] if table is not None else 0,
             table_pages=table.shape[1] if table is not None else 0,
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=current_stream(q),
         )
     return out, lse

@@ -12,8 +12,10 @@ from longgen_kernels.kernels.cuda.arguments import (
     DTYPE_NAMES,
     address,
     argument,
+    current_stream,
     has_aligned_rows,
     hopper_unsupported,
+    on_device,
 )
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import BlockMask
@@ -70,7 +72,7 @@ def attn_bwd(
     dlse_strides = (0, 0, 0)
     if dlse is not None:
         dlse_strides = (dlse.stride(0) if dlse.ndim == 3 else 0, dlse.stride(-2), dlse.stride(-1))
-    with torch.cuda.device(q.device):
+    with on_device(q):
         _C.attn_bwd_sm90(
             **sizes,
             mask_rows=address(pattern.rows if isinstance(pattern, BlockMask) else None),
@@ -96,7 +98,7 @@ def attn_bwd(
             dq_sum=dq_sum.data_ptr(),
             partials=partials.data_ptr(),
             next_item=next_item.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=current_stream(q),
         )
     return dq, dk, dv
 

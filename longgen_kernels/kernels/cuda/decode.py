@@ -18,9 +18,9 @@ from longgen_kernels.kernels.cache_problem import (
     num_splits,
     tickets_needed,
 )
+from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current_stream, on_device
 from longgen_kernels.kernels.cuda.extension import available
 
-_DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _HEAD_DIMS = (64, 96, 128, 256)
 _MAX_GROUP = 16  # query heads of a KV head
 _MAX_CLUSTER = 8  # thread blocks
@@ -32,7 +32,7 @@ def cache_unsupported(cache: CacheTensors) -> str | None:
     reason = available(cache.k.device)
     if reason is not None:
         return reason
-    if cache.k.dtype not in _DTYPE_NAMES:
+    if cache.k.dtype not in DTYPE_NAMES:
         return f"takes float16 and bfloat16, got {cache.k.dtype}"
     if cache.head_dim not in _HEAD_DIMS:
         return f"takes head_dim 64, 96, 128 and 256, got {cache.head_dim}"
@@ -74,8 +74,8 @@ def cache_append(cache: CacheTensors, new: NewTokens) -> None:
 
     k, v = _aligned(new.k, new.v)
     tickets = _tickets(cache)
-    with torch.cuda.device_of(cache.k):
-        _C.cache_append(**_cache(cache), **_new_tokens(new, k, v), tickets=tickets.data_ptr(), stream=_stream(k))
+    with on_device(cache.k):
+        _C.cache_append(**_cache(cache), **_new_tokens(new, k, v), tickets=tickets.data_ptr(), stream=current_stream(k))
 
 
 def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
@@ -100,7 +100,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         part_out = torch.empty(blocks * splits * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
-    with torch.cuda.device_of(q):
+    with on_device(q):
         _C.attn_decode(
             **_cache(cache),
             **_new_tokens(new, k, v),
@@ -115,9 +115,9 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
             lse=lse.data_ptr(),
             splits=splits,
             in_cluster=in_cluster,
-            part_out=_address(part_out),
-            part_lse=_address(part_lse),
-            stream=_stream(q),
+            part_out=address(part_out),
+            part_lse=address(part_lse),
+            stream=current_stream(q),
         )
     return out, lse
 
@@ -148,12 +148,12 @@ def _cache(cache: CacheTensors) -> dict[str, Any]:
         "slots": cache.slots,
         "pages": 0 if cache.block_table is None else cache.block_table.shape[1],
         "log2_page": 0 if cache.block_table is None else cache.page_size.bit_length() - 1,
-        "dtype": _DTYPE_NAMES[cache.k.dtype],
+        "dtype": DTYPE_NAMES[cache.k.dtype],
         "k_cache": cache.k.data_ptr(),
         "v_cache": cache.v.data_ptr(),
         "cache_strides": cache.k.stride()[:3],
         "seqlens": cache.seqlens.data_ptr(),
-        "block_table": _address(cache.block_table),
+        "block_table": address(cache.block_table),
     }
 
 
@@ -163,7 +163,7 @@ def _new_tokens(new: NewTokens | None, k: Tensor, v: Tensor) -> dict[str, Any]:
         "v": v.data_ptr(),
         "new_strides": k.stride()[:3],
         "n_new": 0 if new is None else new.n,
-        "counts": _address(None if new is None else new.counts),
+        "counts": address(None if new is None else new.counts),
         "advance": new is not None and new.advance,
     }
 
@@ -186,11 +186,3 @@ def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
     if all(_is_aligned(x) and x.stride() == tensors[0].stride() for x in tensors):
         return tensors
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
-
-
-def _stream(x: Tensor) -> int:
-    return torch.cuda.current_stream(x.device).cuda_stream
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()

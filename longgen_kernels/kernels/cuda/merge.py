@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longgen_kernels.kernels.cuda.arguments import current_stream, on_device
 from longgen_kernels.kernels.cuda.extension import available
 
 _DTYPE_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
@@ -26,7 +27,7 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
     out_a, out_b = _unit_last_stride(out_a), _unit_last_stride(out_b)
     out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
     lse = torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device)
-    with torch.cuda.device(out_a.device):
+    with on_device(out_a):
         _C.merge_attn_states(
             **_shape(out_a),
             **_argument("out_a", out_a),
@@ -35,7 +36,7 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
             **_argument("lse_b", lse_b),
             out=out.data_ptr(),
             lse=lse.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=current_stream(out_a),
         )
     return out, lse
 
@@ -50,7 +51,7 @@ def merge_attn_states_bwd(
     dout, out_a, out_b = (_unit_last_stride(x) for x in (dout, out_a, out_b))
     dout_a, dout_b = (torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device) for _ in range(2))
     dlse_a, dlse_b = (torch.empty(lse_a.shape, dtype=torch.float32, device=out_a.device) for _ in range(2))
-    with torch.cuda.device(out_a.device):
+    with on_device(out_a):
         _C.merge_attn_states_bwd(
             **_shape(out_a),
             **_argument("dout", dout),
@@ -63,7 +64,7 @@ def merge_attn_states_bwd(
             dlse_a=dlse_a.data_ptr(),
             dout_b=dout_b.data_ptr(),
             dlse_b=dlse_b.data_ptr(),
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=current_stream(out_a),
         )
     return dout_a, dlse_a, dout_b, dlse_b
 
