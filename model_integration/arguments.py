@@ -127,8 +127,9 @@ def build_parser() -> OneLineParser:
     group.add_argument(
         "--attn-implementation", default="longgen", choices=IMPLEMENTATIONS, help="same result, other speed"
     )
-    # Not cuda: it has no gradient yet, so that a run would end at its first step.
-    group.add_argument("--backend", choices=("triton", "reference"), help="of longgen (for each pass the fastest)")
+    group.add_argument(
+        "--backend", choices=("cuda", "triton", "reference"), help="of longgen (for each pass the fastest)"
+    )
     group.add_argument("--device", default="auto", choices=("auto", "cpu"), help="auto: the GPU if there is one")
 
     group = parser.add_argument_group("run")
@@ -201,7 +202,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(
             f"--backend {args.backend} needs --attn-implementation longgen, not {args.attn_implementation}"
         )
-    if args.backend == "triton" and cpu:
+    if args.backend in ("cuda", "triton") and cpu:
         raise UsageError(
             f"--backend {args.backend} needs a CUDA GPU" + (", not --device cpu" if args.device == "cpu" else "")
         )

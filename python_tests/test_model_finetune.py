@@ -153,7 +153,7 @@ def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
         ("--held-out 1", "--held-out must lie between"),
         ("--rope-base 0.5", "rope_theta must be above 1"),
         ("--backend triton --device cpu", "needs a CUDA GPU"),
-        ("--backend cuda", "invalid choice"),
+        ("--backend cuda --device cpu", "needs a CUDA GPU"),
         ("--backend reference --attn-implementation sdpa", "needs --attn-implementation longgen"),
         ("--attn-implementation flex_attention --device cpu", "cannot train on a CPU"),
         ("--attn-implementation flash_attention_2", "invalid choice"),
