@@ -71,7 +71,7 @@ def longgen_attn_func(
         pattern: what is visible, in absolute positions.
         softmax_scale: factor of the scores, by default head_dim ** -0.5.
         return_lse: also return the natural-log-sum-exp of each row's scaled scores; its gradient is supported.
-        deterministic: make the backward pass bitwise repeatable.
+        deterministic: make the backward pass bitwise repeatable; so does `torch.use_deterministic_algorithms(True)`.
         backend: "auto", "cuda", "triton" or "reference"; see `explain_attention` for what would run.
         q_start: position of query row 0; by default `k_start + seqlen_k - seqlen_q` (suffix alignment).
         k_start: position of key row 0.
@@ -261,6 +261,7 @@ def _call(
     dispatch.check_backend_name(backend)
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     mask = pattern if isinstance(pattern, BlockMask) else None
     problem = (
         pattern.encode(), mask.rows if mask else None, mask.cols if mask else None,

@@ -48,6 +48,23 @@ def operator_arguments(inputs: Any, backend: str) -> tuple[Any, ...]:
     return (inputs.pattern.encode(), *lists, 0.25, 0, 0, *packing, False, backend)
 
 
+@pytest.mark.parametrize("how", ["argument", "torch"])
+def test_deterministic_reaches_the_gradient(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def attn_bwd(problem: Any, *rest: Any) -> Any:
+        asked.append(problem.deterministic)
+        return torch.zeros_like(problem.q), torch.zeros_like(problem.k), torch.zeros_like(problem.v)
+
+    monkeypatch.setattr(reference, "attn_bwd", attn_bwd)
+    x = torch.randn(1, 9, 2, 16, requires_grad=True)
+    longgen_attn_func(x, x, x, STRIDED, backend="reference").sum().backward()
+    if how == "torch":
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    longgen_attn_func(x, x, x, STRIDED, backend="reference", deterministic=how == "argument").sum().backward()
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @cases
 def test_opcheck(case: Case, backend: str) -> None:
