@@ -21,22 +21,32 @@ struct Box {
   int hidden;    // bit r: from the queries in row r of a block mask (of two in a tile)
 };
 
-__device__ __forceinline__ int ceil_shift(int x, int shift) {
+__host__ __device__ __forceinline__ int ceil_shift(int x, int shift) {
   return (x + (1 << shift) - 1) >> shift;
 }
 
-// The lowest `count` bits; none below 0, all from 32.
-__device__ __forceinline__ uint32_t bits_below(int count) {
-  uint32_t above;
-  asm("shl.b32 %0, %1, %2;" : "=r"(above) : "r"(~0u), "r"(max(count, 0)));  // clamps at 32
-  return ~above;
+// From memory that no kernel writes meanwhile.
+__host__ __device__ __forceinline__ int32_t load_constant(const int32_t* address) {
+#ifdef __CUDA_ARCH__
+  return __ldg(address);
+#else
+  return *address;
+#endif
+}
+
+// First position that the window shows to the query at p.
+__host__ __device__ __forceinline__ int window_lo(const PatternParams& pattern, int p) {
+  if (pattern.window_kind == Window::kTokens) return p + 1 - pattern.window;
+  if (pattern.window_kind == Window::kBlocks)
+    return ((p >> pattern.log2_block) + 1 - pattern.window) << pattern.log2_block;
+  return 0;
 }
 
 class KeyBoxes {
  public:
   // Queries stand at positions p_first to p_last, keys at k_start to k_end - 1.
-  __device__ KeyBoxes(const PatternParams& pattern, int log2_rows, int p_first, int p_last,
-                      int k_start, int k_end, int q_head, int q_heads, int kv_head)
+  __host__ __device__ KeyBoxes(const PatternParams& pattern, int log2_rows, int p_first, int p_last,
+                               int k_start, int k_end, int q_head, int q_heads, int kv_head)
       : pattern_(pattern),
         log2_rows_(log2_rows),
         p_first_(p_first),
@@ -87,27 +97,27 @@ class KeyBoxes {
     n_strided_ = ((end - rank_) << (shift - log2_rows)) - (overhang >> log2_rows);
   }
 
-  __device__ __forceinline__ int count() const { return n_sink_ + n_strided_ + n_window_; }
+  __host__ __device__ __forceinline__ int count() const { return n_sink_ + n_strided_ + n_window_; }
 
   // Two rows of a block mask have no list in common; their boxes come one after the other.
-  __device__ __forceinline__ bool two_rows() const {
+  __host__ __device__ __forceinline__ bool two_rows() const {
     return pattern_.mask_rows != nullptr && pattern_.log2_block < kLog2Tile;
   }
-  __device__ __forceinline__ bool empty() const {
+  __host__ __device__ __forceinline__ bool empty() const {
     return count() + n_blocks_[0] + n_blocks_[1] == 0;
   }
 
-  __device__ __forceinline__ int per_block() const {
+  __host__ __device__ __forceinline__ int per_block() const {
     return 1 << (pattern_.log2_block - log2_rows_);
   }
 
   // Box `part` of the next block, from the last on, that either row has. `taken` counts what was
   // used of each.
-  __device__ __forceinline__ Box merged(int (&taken)[2], int part) const {
+  __host__ __device__ __forceinline__ Box merged(int (&taken)[2], int part) const {
     const int above =
-        taken[0] < n_blocks_[0] ? __ldg(entries_[0] + n_blocks_[0] - 1 - taken[0]) : -1;
+        taken[0] < n_blocks_[0] ? load_constant(entries_[0] + n_blocks_[0] - 1 - taken[0]) : -1;
     const int below =
-        taken[1] < n_blocks_[1] ? __ldg(entries_[1] + n_blocks_[1] - 1 - taken[1]) : -1;
+        taken[1] < n_blocks_[1] ? load_constant(entries_[1] + n_blocks_[1] - 1 - taken[1]) : -1;
     const int block = max(above, below);
     if (block < 0) return {kNowhere, k_start_, k_end_, true, 0};
     taken[0] += above == block;
@@ -117,11 +127,11 @@ class KeyBoxes {
     box.masked |= box.hidden != 0;
     return box;
   }
-  __device__ __forceinline__ bool all_taken(const int (&taken)[2]) const {
+  __host__ __device__ __forceinline__ bool all_taken(const int (&taken)[2]) const {
     return taken[0] == n_blocks_[0] && taken[1] == n_blocks_[1];
   }
 
-  __device__ __forceinline__ Box operator[](int index) const {
+  __host__ __device__ __forceinline__ Box operator[](int index) const {
     const int rows = 1 << log2_rows_;
     Box box{kNowhere, k_start_, k_end_, true, 0};
     if (index >= count()) return box;
@@ -145,28 +155,20 @@ class KeyBoxes {
     index -= n_strided_;
     if (pattern_.mask_rows == nullptr) return window_box((window_box_ + index) << log2_rows_);
     const int log2_per_block = pattern_.log2_block - log2_rows_;
-    const int block = __ldg(entries_[0] + (index >> log2_per_block));
+    const int block = load_constant(entries_[0] + (index >> log2_per_block));
     return window_box((block << pattern_.log2_block) +
                       ((index & ((1 << log2_per_block) - 1)) << log2_rows_));
   }
 
   // Whether a strided block holds the key at this position.
-  __device__ __forceinline__ bool is_strided(int position) const {
+  __host__ __device__ __forceinline__ bool is_strided(int position) const {
     return pattern_.stride != 0 &&
            ((position >> pattern_.log2_block) + phase_) % pattern_.stride == 0;
   }
 
-  // First position that the window shows to the query at p.
-  __device__ __forceinline__ int window_lo(int p) const {
-    if (pattern_.window_kind == Window::kTokens) return p + 1 - pattern_.window;
-    if (pattern_.window_kind == Window::kBlocks)
-      return ((p >> pattern_.log2_block) + 1 - pattern_.window) << pattern_.log2_block;
-    return 0;
-  }
-
  private:
   // A box whose keys the window shows, or a block mask; what of them is up to the mask.
-  __device__ __forceinline__ Box window_box(int position) const {
+  __host__ __device__ __forceinline__ Box window_box(int position) const {
     const int end = position + (1 << log2_rows_), shift = pattern_.log2_block;
     const bool masked =
         position < k_start_ || end > k_end_ || (pattern_.causal && end - 1 > p_first_) ||
@@ -177,25 +179,25 @@ class KeyBoxes {
   }
 
   // Number of strided blocks among the first `blocks`.
-  __device__ __forceinline__ int blocks_below(int blocks) const {
+  __host__ __device__ __forceinline__ int blocks_below(int blocks) const {
     return blocks > first_block_ ? (blocks - first_block_ + pattern_.stride - 1) / pattern_.stride
                                  : 0;
   }
 
   // Row kRow of the tile is the mask row that the query at p is in.
   template <int kRow>
-  __device__ __forceinline__ void find_mask_row(int p, int hi, int q_head, int q_heads) {
+  __host__ __device__ __forceinline__ void find_mask_row(int p, int hi, int q_head, int q_heads) {
     const int shift = pattern_.log2_block;
     const int q_block = p >> shift;
     if (q_block < 0 || q_block >= pattern_.mask_q_blocks) return;
     const int mask_head = q_head / (q_heads / pattern_.mask_heads);
     const int row = mask_head * pattern_.mask_q_blocks + q_block;
-    int begin = __ldg(pattern_.mask_rows + row);
-    int end = __ldg(pattern_.mask_rows + row + 1);
+    int begin = load_constant(pattern_.mask_rows + row);
+    int end = load_constant(pattern_.mask_rows + row + 1);
     const int32_t* entries = pattern_.mask_rows + pattern_.mask_heads * pattern_.mask_q_blocks + 1;
     // A mask may be larger than the sequence.
-    while (end > begin && (__ldg(entries + end - 1) << shift) >= hi) --end;
-    while (end > begin && ((__ldg(entries + begin) + 1) << shift) <= k_start_) ++begin;
+    while (end > begin && (load_constant(entries + end - 1) << shift) >= hi) --end;
+    while (end > begin && ((load_constant(entries + begin) + 1) << shift) <= k_start_) ++begin;
     entries_[kRow] = entries + begin;
     n_blocks_[kRow] = end - begin;
   }

@@ -20,7 +20,7 @@ template <int kScores>
 __device__ __forceinline__ void hide_keys(float (&s)[kScores], const PatternParams& pattern,
                                           const KeyBoxes& boxes, int first_box, int log2_box,
                                           int p0) {
-  const int window_lo[2] = {boxes.window_lo(p0), boxes.window_lo(p0 + 8)};
+  const int first_seen[2] = {window_lo(pattern, p0), window_lo(pattern, p0 + 8)};
   const int causal_hi[2] = {pattern.causal ? p0 : kNowhere - 1,
                             pattern.causal ? p0 + 8 : kNowhere - 1};
 #pragma unroll
@@ -32,7 +32,7 @@ __device__ __forceinline__ void hide_keys(float (&s)[kScores], const PatternPara
     const int sink = pattern.sink - j0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int near = strided ? -kNowhere : window_lo[half] - j0;
+      const int near = strided ? -kNowhere : first_seen[half] - j0;
       const int lo = box.lo - j0;
       const int hi = min(box.hi - 1, causal_hi[half]) - j0;
 #pragma unroll

@@ -7,7 +7,6 @@
 
 #include "arch/sm90/barrier.cuh"
 #include "arch/sm90/wgmma.cuh"
-#include "attention/key_boxes.cuh"
 #include "attention/softmax.cuh"
 #include "params.h"
 #include "sm90/fwd/traits.cuh"
@@ -210,15 +209,6 @@ class MathWarpgroup {
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  // First position that the window shows to the query at p.
-  __device__ __forceinline__ int window_lo(int p) const {
-    const PatternParams& pattern = params_.pattern;
-    if (pattern.window_kind == Window::kTokens) return p + 1 - pattern.window;
-    if (pattern.window_kind == Window::kBlocks)
-      return ((p >> pattern.log2_block) + 1 - pattern.window) << pattern.log2_block;
-    return 0;
-  }
-
   // Hides what is not visible in the tile at hand.
   __device__ __forceinline__ void mask(float (&s)[kScores], int q_stage, int k_stage) {
     const TileInfo& tile = shared_.tile[k_stage];
@@ -226,20 +216,12 @@ class MathWarpgroup {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int p = p0 + 8 * half;
-      const int first_seen = window_lo(p);
-      const int last_seen = params_.pattern.causal ? p : kNowhere;
+      const int first_seen = window_lo(params_.pattern, p);
 #pragma unroll
       for (int word = 0; word < Traits::kBlockN / 32; ++word) {
-        uint32_t seen;
-        if (params_.log2_box >= 5) {
-          const int key = word * 32;
-          seen = visible_bits(tile.box[key >> params_.log2_box],
-                              key & ((1 << params_.log2_box) - 1), first_seen, last_seen);
-        } else {
-          seen = (visible_bits(tile.box[2 * word], 0, first_seen, last_seen) & 0xffff) |
-                 visible_bits(tile.box[2 * word + 1], 0, first_seen, last_seen) << 16;
-        }
-        seen >>= lane_ % 4 * 2;
+        const uint32_t seen = visible_bits_of_tile(params_.pattern, tile.box, params_.log2_box,
+                                                   word, p, first_seen, warpgroup_) >>
+                              lane_ % 4 * 2;
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           float& score = s[word * 16 + e / 2 * 4 + half * 2 + e % 2];
@@ -247,17 +229,6 @@ class MathWarpgroup {
         }
       }
     }
-  }
-
-  // Which of the 32 keys from `offset` in the box a row sees, as bits: those in the box's interval
-  // up to the query, of the window, of a strided block or of the sink.
-  __device__ __forceinline__ uint32_t visible_bits(const TileInfo::KeyBox& box, int offset,
-                                                   int first_seen, int last_seen) const {
-    if (box.bits & 2 << warpgroup_) return 0;
-    const int j = box.position + offset;
-    const uint32_t window = box.bits & 1 ? ~0u : ~bits_below(first_seen - j);
-    return bits_below(min(box.hi - 1, last_seen) + 1 - j) & ~bits_below(box.lo - j) &
-           (window | bits_below(params_.pattern.sink - j));
   }
 
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.

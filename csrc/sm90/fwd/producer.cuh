@@ -3,7 +3,7 @@
 #pragma once
 
 #include "arch/sm90/tma.cuh"
-#include "attention/key_boxes.cuh"
+#include "attention/box_tiles.cuh"
 #include "sm90/fwd/traits.cuh"
 #include "sm90/work.cuh"
 
@@ -25,41 +25,6 @@ __device__ __forceinline__ void for_each_item(const AttentionFwdParams& params, 
     visit(work, boxes);
   }
 }
-
-// The tiles of an item, in the order in which they are visited.
-class Tiles {
- public:
-  __device__ __forceinline__ Tiles(const KeyBoxes& boxes, int boxes_per_tile)
-      : boxes_(boxes),
-        boxes_per_tile_(boxes_per_tile),
-        count_((boxes.count() + boxes_per_tile - 1) / boxes_per_tile) {}
-
-  // Box `mine` of the next tile. The first keys come first, then the others from the diagonal
-  // leftwards: where there is an attention sink it has the largest scores, and a row's first tile
-  // sets what its weights are relative to.
-  __device__ __forceinline__ Box next(int mine) {
-    if (boxes_.two_rows()) {
-      Box box;
-      const int per_block = boxes_.per_block();
-      for (int b = 0; b < boxes_per_tile_ / per_block; ++b) {
-        const Box other = boxes_.merged(taken_, mine % per_block);
-        if (b == mine / per_block) box = other;
-      }
-      return box;
-    }
-    const int tile = visited_ == 0 ? 0 : count_ - visited_;
-    ++visited_;
-    return boxes_[tile * boxes_per_tile_ + mine];
-  }
-  __device__ __forceinline__ bool done() const {
-    return boxes_.two_rows() ? boxes_.all_taken(taken_) : visited_ == count_;
-  }
-
- private:
-  const KeyBoxes& boxes_;
-  int boxes_per_tile_, count_;
-  int visited_ = 0, taken_[2] = {0, 0};
-};
 
 // Where in K and V the row `row` of a sequence lies, as coordinates of the copy engine.
 struct Place {
@@ -121,7 +86,7 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
                lane * 64, work.q_row0 + work.p_tile - work.q_start, work.head, work.batch);
     ++items;
 
-    Tiles tiles(boxes, boxes_per_tile);
+    BoxTiles tiles(boxes, boxes_per_tile);
     do {
       const Box box = tiles.next(my_box);
       const int row = box.position - work.k_start;
@@ -131,9 +96,7 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
                            __any_sync(0xffffffff, row < 0 || row + box_rows > work.k_len);
       const int stage = keys.stage;
       shared.k_empty[stage].wait(keys.round ^ 1);
-      if (lane < boxes_per_tile)
-        shared.tile[stage].box[lane] = {box.position, box.lo, box.hi,
-                                        boxes.is_strided(box.position) | box.hidden << 1};
+      if (lane < boxes_per_tile) shared.tile[stage].box[lane] = key_box(boxes, box);
       if (foreign && lane < boxes_per_tile)
         shared.tile[stage].own_rows[lane] = {max(-row, 0), min(work.k_len - row, box_rows)};
       __syncwarp();

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "arch/sm90/barrier.cuh"
+#include "attention/box_tiles.cuh"
 
 namespace longgen::sm90 {
 
@@ -21,10 +22,7 @@ struct TileInfo {
   static constexpr int kForeign = 4;  // rows of other sequences are in it
   static constexpr int kEnd = 8;      // no tile: there is no more work
   static constexpr int kMaxBoxes = 8;
-  struct alignas(16) KeyBox {
-    int position, lo, hi;  // of the first key; the positions that may be visible
-    int bits;              // 0: a strided block holds it; 1 + w: hidden from warpgroup w's rows
-  } box[kMaxBoxes];
+  KeyBox box[kMaxBoxes];
   struct {
     int lo, hi;
   } own_rows[kMaxBoxes];  // of each box, if some are of another sequence

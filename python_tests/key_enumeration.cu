@@ -1,0 +1,61 @@
+// csrc's enumeration of the keys that a query tile visits, on the CPU: for test_key_enumeration.py.
+#include <cstdint>
+#include <vector>
+
+#include "attention/box_tiles.cuh"
+
+using namespace longgen;
+
+// Adds to seen[r, j] how often row r of the 128-row tile at p_tile, which holds queries p_first to
+// p_last, is shown the key j of positions k_start to k_start + k_len - 1. `code` is PatternParams
+// in order, without its pointers. Returns 0, or what is wrong.
+extern "C" int enumerate(const int32_t* code, const int32_t* mask_rows, int log2_box, int p_tile,
+                         int p_first, int p_last, int k_start, int k_len, int head, int heads,
+                         int32_t* seen) {
+  PatternParams pattern{};
+  pattern.causal = code[0];
+  pattern.window_kind = static_cast<Window>(code[1]);
+  pattern.window = code[2];
+  pattern.sink = code[3];
+  pattern.stride = code[4];
+  pattern.log2_block = code[5];
+  pattern.phase_step = code[6];
+  pattern.phase_offset = code[7];
+  pattern.mask_heads = code[8];
+  pattern.mask_q_blocks = code[9];
+  pattern.mask_rows = mask_rows;
+  const KeyBoxes boxes(pattern, log2_box, p_first, p_last, k_start, k_start + k_len, head, heads,
+                       head);
+  if (boxes.empty()) return 0;
+
+  const int boxes_per_tile = 128 >> log2_box;
+  std::vector<BoxTiles> tiles(boxes_per_tile, BoxTiles(boxes, boxes_per_tile));  // one a lane
+  for (int visited = 0; !tiles[0].done(); ++visited) {
+    if (visited > 10000) return 1;  // does not end
+    bool masked = false;
+    std::vector<KeyBox> tile;
+    for (int b = 0; b < boxes_per_tile; ++b) {
+      const Box box = tiles[b].next(b);
+      masked |= box.masked;
+      tile.push_back(key_box(boxes, box));
+    }
+    for (const BoxTiles& other : tiles)
+      if (other.done() != tiles[0].done()) return 2;  // lanes disagree
+    for (int row = 0; row < 128; ++row) {
+      const int p = p_tile + row;
+      for (int word = 0; word < 4; ++word) {
+        const uint32_t bits = masked ? visible_bits_of_tile(pattern, tile.data(), log2_box, word, p,
+                                                            window_lo(pattern, p), row / 64)
+                                     : ~0u;
+        for (int i = 0; i < 32; ++i) {
+          if (!(bits >> i & 1)) continue;
+          const int key = word * 32 + i, in_box = key & ((1 << log2_box) - 1);
+          const int j = tile[key >> log2_box].position + in_box - k_start;
+          if (j < 0 || j >= k_len) return 3;  // shows a key that does not exist
+          ++seen[row * k_len + j];
+        }
+      }
+    }
+  }
+  return 0;
+}
