@@ -262,13 +262,9 @@ def _call(
     if not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    mask = pattern if isinstance(pattern, BlockMask) else None
-    problem = (
-        pattern.encode(), mask.rows if mask else None, mask.cols if mask else None,
-        checked_scale(softmax_scale, q.shape[-1]), q_start, k_start,
-        cu_seqlens_q, cu_seqlens_k, q_starts, k_starts, deterministic, backend,
+    scale = checked_scale(softmax_scale, q.shape[-1])
+    problem = AttentionProblem(
+        q, k, v, pattern, scale, q_start, k_start, cu_seqlens_q, cu_seqlens_k, q_starts, k_starts, deterministic,
+        block_table,
     )  # fmt: skip
-    if block_table is None:
-        return attention_ops.attn_fwd(q, k, v, *problem)
-    out, lse = torch.ops.longgen_kernels.attn_paged_fwd.default(q, k, v, block_table, *problem)
-    return out, lse
+    return attention_ops.attend(problem, backend)

@@ -16,7 +16,7 @@ from torch import Tensor
 from longgen_kernels import dispatch
 from longgen_kernels.kernels import cuda, reference, triton
 from longgen_kernels.kernels.problem import AttentionProblem
-from longgen_kernels.patterns import decode_pattern
+from longgen_kernels.patterns import BlockMask, decode_pattern
 
 BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
 
@@ -120,12 +120,18 @@ def _attn_bwd_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def attn_fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """The operator `attn_fwd`, without the dispatcher's 20 microseconds where nobody could tell.
+def attend(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """Runs a checked problem through its operator, or without it where nobody could tell.
 
-    In plain eager mode, with ordinary tensors and nothing that traces, transforms or intercepts operators, what it does
-    is called directly.
+    The dispatcher takes 20 microseconds. In plain eager mode, with ordinary tensors and nothing that traces, transforms
+    or intercepts operators, what the operator does is done directly.
     """
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.block_table is not None:
+        out, lse = torch.ops.longgen_kernels.attn_paged_fwd.default(
+            q, k, v, problem.block_table, *_arguments(problem, backend)
+        )
+        return out, lse
     plain = (
         type(q) is type(k) is type(v) is Tensor
         and not torch.compiler.is_compiling()
@@ -133,12 +139,23 @@ def attn_fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tenso
         and not torch._C._are_functorch_transforms_active()
     )
     if not plain:
-        out, lse = torch.ops.longgen_kernels.attn_fwd.default(q, k, v, *rest)
+        out, lse = torch.ops.longgen_kernels.attn_fwd.default(q, k, v, *_arguments(problem, backend))
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _Attention.apply(None, q, k, v, *rest)  # type: ignore[no-untyped-call]
+        out, lse = _Attention.apply(None, q, k, v, *_arguments(problem, backend))  # type: ignore[no-untyped-call]
     else:
-        out, lse = _attn_fwd(q, k, v, *rest)
+        out, lse = _run_fwd(problem, backend)
     return out, lse
+
+
+def _arguments(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
+    """What follows q, k and v in a call of the operators."""
+    pattern = problem.pattern
+    mask = pattern if isinstance(pattern, BlockMask) else None
+    return (
+        pattern.encode(), mask.rows if mask else None, mask.cols if mask else None,
+        problem.softmax_scale, problem.q_start, problem.k_start, problem.cu_seqlens_q, problem.cu_seqlens_k,
+        problem.q_starts, problem.k_starts, problem.deterministic, backend,
+    )  # fmt: skip
 
 
 class _Attention(torch.autograd.Function):
