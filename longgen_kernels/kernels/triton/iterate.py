@@ -253,8 +253,13 @@ def column_tile(
         block_lo = rest >> log2_block
         block_hi = tl.maximum((k_end + (1 << log2_block) - 1) >> log2_block, block_lo)
         rank = ceil_div(block_lo - first, stride)
-        n_strided = ceil_div((ceil_div(block_hi - first, stride) - rank) << log2_block, BLOCK_N)
-        n_strided = tl.where(k_end > rest, n_strided, 0)
+        rank_end = ceil_div(block_hi - first, stride)
+        # A block may be far longer than the sequence: what of it lies outside makes no tiles.
+        outside = (rest - (block_lo << log2_block)) // BLOCK_N
+        starts_strided = first + rank * stride == block_lo
+        past = tl.maximum(((first + (rank_end - 1) * stride + 1) << log2_block) - k_end, 0)
+        n_strided = ceil_div(((rank_end - rank) << log2_block) - past, BLOCK_N) - tl.where(starts_strided, outside, 0)
+        n_strided = tl.where((k_end > rest) & (rank_end > rank), n_strided, 0)
     j = (sink_tile + t) * BLOCK_N + columns
     own = (j >= k_start) & (j < sink_hi)
     exists = t >= 0
@@ -263,10 +268,10 @@ def column_tile(
         if STRIDED:
             # Blocks of one class are consecutive by rank: rank r of the strided ones is block first + r * stride,
             # rank l of the others skips one block in every stride.
-            column = u * BLOCK_N
+            column = (u + tl.where(starts_strided, outside, 0)) * BLOCK_N
             block = first + (rank + ((column + columns) >> log2_block)) * stride
             if u >= n_strided:
-                column = (u - n_strided) * BLOCK_N
+                column = (u - n_strided + tl.where(starts_strided, 0, outside)) * BLOCK_N
                 local_lo = block_lo - ceil_div(block_lo - first, stride)
                 local_hi = block_hi - ceil_div(block_hi - first, stride)
                 local = local_lo + ((column + columns) >> log2_block)
