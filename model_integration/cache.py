@@ -216,7 +216,8 @@ class CacheStep:
 
         Raises ValueError if the cache was made for other patterns, RuntimeError where a gradient is wanted.
         """
-        layers, index = self.cache.layers, int(module.layer_idx)
+        layers, index = self.cache.layers, module.layer_idx
+        assert isinstance(index, int)
         if index >= len(layers) or layers[index].pattern != module.pattern:
             raise ValueError(f"the cache was made for another config: layer {index} has another pattern there")
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
