@@ -138,9 +138,9 @@ class LongGenCache(Cache):
         super().reset()
         self._padded_until = 0
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Drops the last `-tokens_to_remove` tokens of each row, in all layers or, raising ValueError, in none."""
-        seen = self.get_seq_length()
+        seen, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove)  # a 0-d tensor in transformers 5.17
         if not -seen <= tokens_to_remove <= 0:
             raise ValueError(
                 f"crop takes the negative number of tokens to remove, down to {-seen}; got {tokens_to_remove}"
