@@ -2,6 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from model_integration.cache import LongGenCache
 from model_integration.configuration import LongGenLlamaConfig
 from model_integration.modeling import LongGenLlamaForCausalLM, LongGenLlamaModel
 
@@ -9,4 +10,4 @@ AutoConfig.register(LongGenLlamaConfig.model_type, LongGenLlamaConfig)
 AutoModel.register(LongGenLlamaConfig, LongGenLlamaModel)
 AutoModelForCausalLM.register(LongGenLlamaConfig, LongGenLlamaForCausalLM)
 
-__all__ = ["LongGenLlamaConfig", "LongGenLlamaForCausalLM", "LongGenLlamaModel"]
+__all__ = ["LongGenCache", "LongGenLlamaConfig", "LongGenLlamaForCausalLM", "LongGenLlamaModel"]

@@ -10,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from longgen_kernels import AttentionPattern, longgen_attn_func, longgen_attn_varlen_func
+from model_integration.cache import CacheStep
 from model_integration.layout import SequenceLayout
 
 NAME = "longgen"
@@ -23,7 +24,7 @@ def longgen_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: SequenceLayout | Tensor | None,
+    attention_mask: SequenceLayout | CacheStep | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -35,8 +36,9 @@ def longgen_attention_forward(
     Args:
         module: an attention module with a `pattern`; one without is refused, since nobody said what it sees.
         query: (batch, heads, q_length, head_dim), after RoPE.
-        key, value: (batch, kv_heads, kv_length, head_dim), the cached tokens included.
-        attention_mask: a SequenceLayout; or a (batch, kv_length) padding mask; or None.
+        key, value: (batch, kv_heads, kv_length, head_dim), the cached tokens included but with a CacheStep.
+        attention_mask: a SequenceLayout; or a CacheStep, in whose cache the layer's earlier keys are; or a
+            (batch, kv_length) padding mask; or None.
         cu_seq_lens_q, max_length_q: boundaries of packed sequences, read when attention_mask is None.
 
     Returns: output (batch, q_length, heads, head_dim), and None for the attention weights.
@@ -47,15 +49,17 @@ def longgen_attention_forward(
     if dropout:
         raise ValueError(f"longgen attention has no dropout, got {dropout}")
     batch, _, q_length, _ = query.shape
+    # Under autocast RoPE leaves q and k in fp32 while v is 16-bit.
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
+    q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
+    if isinstance(attention_mask, CacheStep):
+        return attention_mask.attend(module, q, k, v, scaling), None
     layout = attention_mask
     if not isinstance(layout, SequenceLayout):
         seen = key.shape[2] - q_length
         layout = SequenceLayout.of(
             batch, q_length, seen=seen, attention_mask=layout, cu_seq_lens=cu_seq_lens_q, max_length=max_length_q
         )
-    # Under autocast RoPE leaves q and k in fp32 while v is 16-bit.
-    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
-    q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
     if layout.is_plain:
         return longgen_attn_func(q, k, v, pattern, softmax_scale=scaling), None
 

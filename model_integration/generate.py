@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, TextStreamer, set_seed
 from transformers.utils import logging
 
 from model_integration.arguments import OneLineParser
 from model_integration.attention import IMPLEMENTATIONS
+from model_integration.cache import LongGenCache
+
+
+class TimedStreamer(TextStreamer):
+    """Prints the text as it comes, and notes when each token did."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.times: list[float] = []
+        """Of the prompt, before it is read, and of each new token."""
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m model_integration.generate",
-        description="Continue a prompt with a LongGen hybrid, printing the text as it comes.",
+        description="Continue a prompt with a LongGen hybrid, printing the text as it comes; on stderr, how fast it "
+        "came and how much memory the KV cache took.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="what finetune wrote as final/")
@@ -41,6 +59,27 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def speed(times: list[float]) -> str:
+    """One line about a TimedStreamer's times."""
+    tokens = len(times) - 1
+    line = f"{tokens} new tokens; the prompt took {times[1] - times[0]:.2f} s"
+    return line if tokens == 1 else f"{line}, then {(tokens - 1) / (times[-1] - times[1]):.1f} tokens a second"
+
+
+def memory(cache: Cache) -> str:
+    """One line about a cache: its bytes, beside those of one that keeps every token in every layer."""
+    if not isinstance(cache, LongGenCache):
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return f"KV cache: {size / 2**20:.2f} MiB, every token in every layer"
+    layers = cache.tokens_kept().amax((1, 2)).tolist()
+    counts = {tokens: layers.count(tokens) for tokens in sorted(set(layers))}
+    kept = ", ".join(f"{tokens} in {n} layer{'s' if n > 1 else ''}" for tokens, n in counts.items())
+    return (
+        f"KV cache: {cache.nbytes / 2**20:.2f} MiB, {cache.nbytes / cache.full_nbytes:.0%} of a dense model's "
+        f"{cache.full_nbytes / 2**20:.2f} MiB; of {cache.get_seq_length()} tokens it keeps {kept}"
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     args = parse_arguments(argv)
@@ -51,15 +90,18 @@ def main(argv: list[str] | None = None) -> None:
     ).to(args.device)
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p} if args.temperature else {}
-    model.generate(
+    streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
+    output = model.generate(
         **inputs,
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0.0,
         use_cache=True,  # a checkpoint from the middle of a training run says False
         pad_token_id=tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+        streamer=streamer,
+        return_dict_in_generate=True,
         **sampling,
     )
+    print(speed(streamer.times), memory(output.past_key_values), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

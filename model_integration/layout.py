@@ -57,20 +57,14 @@ class SequenceLayout:
         that his position ids are plain passes None, which saves a host synchronisation; so does a missing mask.
         """
         kv_length = seen + q_length if kv_length is None else kv_length
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                f"attention_mask must be 2-D (batch, tokens), got shape {tuple(attention_mask.shape)}: "
-                "every layer's own mask is made from it and the layer's pattern"
-            )
-        if attention_mask is not None and device is not None:
-            attention_mask = attention_mask.to(device)
+        attention_mask = checked_mask(attention_mask, seen, q_length, device)
         if cu_seq_lens is not None:
             return cls._packed(batch_size, q_length, kv_length, seen, attention_mask, cu_seq_lens, max_length)
         if attention_mask is None and kv_length != seen + q_length:  # a static cache: its last slots are still free
             attention_mask = torch.ones(batch_size, seen + q_length, dtype=torch.bool, device=device)
-        padding = None if attention_mask is None else _needed_padding(attention_mask, q_length, kv_length, seen)
+        padding = None if attention_mask is None else _needed_padding(attention_mask, kv_length, seen)
         if position_ids is not None and q_length > 1:
-            jumps = _position_jumps(position_ids.expand(batch_size, -1), padding, seen)
+            jumps = position_jumps(position_ids.expand(batch_size, -1), padding, seen)
             if jumps.any():
                 if padding is not None or seen:
                     raise ValueError(
@@ -153,23 +147,33 @@ class SequenceLayout:
         )
 
 
-def _needed_padding(attention_mask: Tensor, q_length: int, kv_length: int, seen: int) -> Tensor | None:
-    """The mask as (batch, kv_length) bool, or None where causality alone already hides all that is not real."""
-    written = seen + q_length
-    if attention_mask.shape[1] != written:
+def checked_mask(attention_mask: Tensor | None, seen: int, q_length: int, device: torch.device | None) -> Tensor | None:
+    """A model's attention_mask as bool (batch, seen + q_length) on `device`; ValueError for other shapes."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError(
+            f"attention_mask must be 2-D (batch, tokens), got shape {tuple(attention_mask.shape)}: "
+            "every layer's own mask is made from it and the layer's pattern"
+        )
+    if attention_mask.shape[1] != seen + q_length:
         raise ValueError(
             f"attention_mask has {attention_mask.shape[1]} columns; "
-            f"{seen} cached and {q_length} new tokens need {written}"
+            f"{seen} cached and {q_length} new tokens need {seen + q_length}"
         )
-    real = attention_mask.bool()
-    if kv_length == written:
+    return attention_mask.to(device=device, dtype=torch.bool)
+
+
+def _needed_padding(real: Tensor, kv_length: int, seen: int) -> Tensor | None:
+    """The mask as (batch, kv_length) bool, or None where causality alone already hides all that is not real."""
+    if kv_length == real.shape[1]:
         # Padding on the right comes after every real query of a prefill, which never sees it.
         harmless = ~(real[:, 1:] & ~real[:, :-1]).any() if seen == 0 else real.all()
         return None if harmless else real
-    return torch.nn.functional.pad(real, (0, kv_length - written))
+    return torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
 
 
-def _position_jumps(position_ids: Tensor, padding: Tensor | None, seen: int) -> Tensor:
+def position_jumps(position_ids: Tensor, padding: Tensor | None, seen: int) -> Tensor:
     """(batch, q_length) bool: real tokens whose position id does not follow that of the real token before them."""
     if padding is None:
         return torch.diff(position_ids, dim=1, prepend=position_ids[:, :1] - 1) != 1

@@ -4,13 +4,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    PreTrainedModel,
+)
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from longgen_kernels import AttentionPattern
 from model_integration import attention
+from model_integration.cache import LongGenCache
 from model_integration.configuration import LongGenLlamaConfig
 from model_integration.layout import SequenceLayout
 
@@ -86,6 +97,7 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
             input_ids: (batch, tokens), or inputs_embeds (batch, tokens, hidden_size).
             attention_mask: (batch, cached + new tokens), 0 for padding on either side; 4-D masks raise ValueError.
             position_ids: (batch or 1, tokens); where they restart, a packed sequence begins.
+            past_key_values: a LongGenCache keeps what the patterns can still show; any other keeps every token.
             cu_seq_lens_q, max_length_q: boundaries of packed sequences, as DataCollatorWithFlattening gives them.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -98,11 +110,46 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
         batch_size, q_length = hidden_states.shape[:2]
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        seen, kv_length = 0, q_length
-        if past_key_values is not None:
-            seen = int(past_key_values.get_seq_length())
-            kv_length = int(past_key_values.get_mask_sizes(q_length, 0)[0])
+        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        layer_cache = past_key_values
+        if isinstance(past_key_values, LongGenCache) and self.config._attn_implementation == attention.NAME:
+            # The attention function appends and attends in one: it finds the cache in its mask, the layers none.
+            packing = kwargs.get("cu_seq_lens_q")
+            step = past_key_values.step(
+                batch_size, q_length, hidden_states.device, attention_mask, position_ids, packing
+            )
+            masks, layer_cache = {layer.self_attn.pattern: step for layer in self.layers}, None
+        else:
+            masks = self._masks(past_key_values, hidden_states, attention_mask, position_ids, kwargs)
+        if position_ids is None:
+            position_ids = torch.arange(seen, seen + q_length, device=hidden_states.device)[None]
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=masks[layer.self_attn.pattern],
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=layer_cache,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
+    def _masks(
+        self,
+        cache: Cache | None,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> dict[AttentionPattern, Any]:
+        """Each pattern's `attention_mask`, for a cache that keeps every token or for none."""
+        batch_size, q_length = hidden_states.shape[:2]
+        seen, kv_length = 0, q_length
+        if cache is not None:
+            seen = int(cache.get_seq_length())
+            kv_length = int(cache.get_mask_sizes(q_length, 0)[0])
         layout = SequenceLayout.of(
             batch_size,
             q_length,
@@ -115,7 +162,7 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
             max_length=kwargs.get("max_length_q"),
         )
         config = self.config
-        masks = {
+        return {
             pattern: attention.attention_mask_for(
                 config._attn_implementation,
                 layout,
@@ -126,20 +173,6 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
             )
             for pattern in {layer.self_attn.pattern for layer in self.layers}
         }
-        if position_ids is None:
-            position_ids = torch.arange(seen, seen + q_length, device=hidden_states.device)[None]
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                attention_mask=masks[layer.self_attn.pattern],
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
 class LongGenLlamaForCausalLM(LongGenLlamaPreTrainedModel, LlamaForCausalLM):
@@ -162,3 +195,24 @@ class LongGenLlamaForCausalLM(LongGenLlamaPreTrainedModel, LlamaForCausalLM):
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Keep the 2-D mask: `generate` would make one dense 4-D mask for all layers when the cache is static."""
         return attention_mask
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """A LongGenCache where transformers would make a DynamicCache without having been asked for one."""
+        if (
+            self.config._attn_implementation == attention.NAME
+            and model_kwargs.get("past_key_values") is None
+            and generation_config.use_cache is not False
+            and generation_config.cache_implementation is None
+        ):
+            model_kwargs["past_key_values"] = LongGenCache(self.config, max_length=max_cache_length)
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )

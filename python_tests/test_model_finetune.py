@@ -1,6 +1,7 @@
 """The finetune and generate commands: errors before any work, exact resumption, the whole way on a micro setting."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -78,7 +79,11 @@ def test_the_whole_way(texts, tmp_path, capsys):
     for implementation in ("longgen", "longgen", "sdpa"):
         arguments = ["--checkpoint", str(run / "final"), "--prompt", "def ", "--max-new-tokens", "16"]
         generate.main([*arguments, "--device", "cpu", "--attn-implementation", implementation])
-        outputs.append(capsys.readouterr().out)
+        captured = capsys.readouterr()
+        outputs.append(captured.out)
+        assert re.search(r"^16 new tokens; the prompt took [\d.]+ s, then [\d.]+ tokens a second$", captured.err, re.M)
+        whole = "every token in every layer" if implementation == "sdpa" else "of 19 tokens it keeps 19 in 6 layers"
+        assert re.search(rf"^KV cache: [\d.]+ MiB, .*{whole}$", captured.err, re.M)
     assert outputs[0].startswith("def ")
     assert outputs[0] == outputs[1] == outputs[2]
 
