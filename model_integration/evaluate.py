@@ -41,7 +41,7 @@ from model_integration.scoring import (
     score_answer,
     token_losses,
 )
-from model_integration.tasks import RETRIEVAL_TASKS, Case, Haystack, make_cases, make_prompt
+from model_integration.tasks import RETRIEVAL_TASKS, TASKS, Case, Haystack, make_cases, make_prompt
 
 PICTURE_TITLES = {
     "niah": "needle retrieval",
@@ -132,14 +132,16 @@ def prepare_output(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = json.loads(json.dumps({name: getattr(args, name) for name in FIXED_ON_RESUME}, default=str))
     records = []
     if args.resume:
+        if not (out / SETTINGS_FILE).exists():
+            raise DataError(f"--resume: no {SETTINGS_FILE} in {out}, so nobody knows the settings of its results")
         before = json.loads((out / SETTINGS_FILE).read_text())
         changed = [name for name in settings if settings[name] != before.get(name)]
         if changed:
             was = ", ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
             raise DataError(f"--resume continues a run with the settings it began with: {was}")
         records = read_results(out / RESULTS_FILE)
-    for picture in out.glob("*.png"):
-        picture.unlink()  # it will be drawn again, where there are results for it
+    for task in TASKS:
+        (out / f"{task}.png").unlink(missing_ok=True)  # drawn again where there are results for it
     out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     (out / RESULTS_FILE).write_text("".join(json.dumps(record) + "\n" for record in records))

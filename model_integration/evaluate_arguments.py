@@ -146,9 +146,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--resume and --overwrite exclude each other")
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is not a directory")
-    used = (args.out / RESULTS_FILE).exists()
+    results = args.out / RESULTS_FILE
+    used = results.exists() and results.stat().st_size > 0  # a run that failed at once leaves nothing to lose
     if args.resume and not used:
-        raise UsageError(f"--resume: no {RESULTS_FILE} in {args.out}")
+        raise UsageError(f"--resume: no results in {args.out}")
     if used and not args.resume and not args.overwrite:
         raise UsageError(f"--out {args.out} already holds a run: --resume continues it, --overwrite starts again")
     for run in args.compare:

@@ -97,21 +97,18 @@ def plot_perplexity(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def results_table(runs: dict[str, list[dict[str, Any]]]) -> Table:
-    """A row for each task and length, and for each run its samples, its right answers and its perplexity."""
+    """A row for each task, length and run: its samples, its right answers and its perplexity."""
     table = Table()
-    table.add_column("task")
-    table.add_column("length", justify="right")
-    for name in runs:
-        for heading in ("samples", "right", "perplexity"):
-            table.add_column(f"{name}\n{heading}" if len(runs) > 1 else heading, justify="right")
+    for heading in ("task", "length", "run", "samples", "right", "perplexity"):
+        if heading != "run" or len(runs) > 1:
+            table.add_column(heading, justify="left" if heading in ("task", "run") else "right", overflow="fold")
     everything = [record for records in runs.values() for record in records]
     for task in dict.fromkeys(record["task"] for record in everything):
         for length in sorted({record["length"] for record in everything if record["task"] == task}):
-            row = [task, short_length(length)]
-            for records in runs.values():
+            for name, records in runs.items():
                 cell = [record for record in records if (record["task"], record["length"]) == (task, length)]
-                row += _table_cell(cell)
-            table.add_row(*row)
+                named = [name] if len(runs) > 1 else []
+                table.add_row(task, short_length(length), *named, *_table_cell(cell))
     return table
 
 
