@@ -267,6 +267,13 @@ def named_cases(tile: int = TILE) -> list[Case]:
         dense("queries that start between two tiles", strided, tile + 1, long, q_start=tile + half + 3),
         dense("keys that start between two tiles", strided, tile + 1, k_start=half + 7),
         dense("queries far behind the keys", strided, half, tile, q_start=5 * tile + 1, k_start=3),
+        dense("keys deep inside a strided block", A.strided(2, 32 * tile, window=5), tile + 9, k_start=25 * tile),
+        dense(
+            "keys across the end of a block that is not strided",
+            A.strided(2, 32 * tile, window=5, head_phase_offset=1),
+            tile + 9,
+            k_start=31 * tile + half,
+        ),
         dense("a block mask from a later position", mask, tile + 3, tile, q_start=tile + 5, k_start=half),
         dense("positions just below their limit", strided, tile, q_start=BIG - tile, k_start=BIG - tile),
         packed("packed with starts per sequence", strided, (tile, 5), (7, long), q_starts=(9, tile), k_starts=(2, 3)),
