@@ -41,10 +41,11 @@ extern "C" int enumerate(const int32_t* code, const int32_t* mask_rows, int log2
     }
     for (const BoxTiles& other : tiles)
       if (other.done() != tiles[0].done()) return 2;  // lanes disagree
+    const auto box_of = [&](int b) { return tile[b]; };
     for (int row = 0; row < 128; ++row) {
       const int p = p_tile + row;
       for (int word = 0; word < 4; ++word) {
-        const uint32_t bits = masked ? visible_bits_of_tile(pattern, tile.data(), log2_box, word, p,
+        const uint32_t bits = masked ? visible_bits_of_tile(pattern, box_of, log2_box, word, p,
                                                             window_lo(pattern, p), row / 64)
                                      : ~0u;
         for (int i = 0; i < 32; ++i) {

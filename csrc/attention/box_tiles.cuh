@@ -75,17 +75,19 @@ __host__ __device__ __forceinline__ uint32_t visible_bits(const PatternParams& p
          (window | bits_below(pattern.sink - j));
 }
 
-// The same for 32 keys of a tile that is made of such boxes, which may be of 16 keys.
+// The same for keys 32 * word to 32 * word + 31 of a tile, whose box b is box_of(b); it may
+// have 16.
+template <typename BoxOf>
 __host__ __device__ __forceinline__ uint32_t visible_bits_of_tile(const PatternParams& pattern,
-                                                                  const KeyBox* boxes, int log2_box,
+                                                                  const BoxOf& box_of, int log2_box,
                                                                   int word, int p, int first_seen,
                                                                   int row) {
   const int key = word * 32;
   if (log2_box >= 5)
-    return visible_bits(pattern, boxes[key >> log2_box], key & ((1 << log2_box) - 1), p, first_seen,
-                        row);
-  return (visible_bits(pattern, boxes[2 * word], 0, p, first_seen, row) & 0xffff) |
-         visible_bits(pattern, boxes[2 * word + 1], 0, p, first_seen, row) << 16;
+    return visible_bits(pattern, box_of(key >> log2_box), key & ((1 << log2_box) - 1), p,
+                        first_seen, row);
+  return (visible_bits(pattern, box_of(2 * word), 0, p, first_seen, row) & 0xffff) |
+         visible_bits(pattern, box_of(2 * word + 1), 0, p, first_seen, row) << 16;
 }
 
 }  // namespace longgen

@@ -1,7 +1,7 @@
 // Hides keys from the scores in the accumulators of a warpgroup, queries by keys.
 #pragma once
 
-#include "attention/key_boxes.cuh"
+#include "attention/box_tiles.cuh"
 
 namespace longgen {
 
@@ -13,34 +13,24 @@ __device__ __forceinline__ bool some_masked(const KeyBoxes& boxes, int first_box
   return any;
 }
 
-// Hides what is not visible in the tile that begins at box `first_box`; the thread's first row
-// stands at p0, its second one 8 further. In a row the visible keys of a box are an interval, and
-// before it those of the sink.
-template <int kScores>
+// Hides what is not visible in the tile whose box b is box_of(b); the thread's first row stands at
+// p0, its second one 8 further, in row `row` of a block mask.
+template <int kScores, typename BoxOf>
 __device__ __forceinline__ void hide_keys(float (&s)[kScores], const PatternParams& pattern,
-                                          const KeyBoxes& boxes, int first_box, int log2_box,
-                                          int p0) {
-  const int first_seen[2] = {window_lo(pattern, p0), window_lo(pattern, p0 + 8)};
-  const int causal_hi[2] = {pattern.causal ? p0 : kNowhere - 1,
-                            pattern.causal ? p0 + 8 : kNowhere - 1};
+                                          const BoxOf& box_of, int log2_box, int p0, int row) {
 #pragma unroll
-  for (int group = 0; group < kScores / 8; ++group) {  // 16 keys never straddle a box or a block
-    const Box box = boxes[first_box + (group * 16 >> log2_box)];
-    const int group_position = box.position + (group * 16 & ((1 << log2_box) - 1));
-    const int j0 = group_position + threadIdx.x % 4 * 2;
-    const bool strided = boxes.is_strided(group_position);
-    const int sink = pattern.sink - j0;
+  for (int half = 0; half < 2; ++half) {
+    const int p = p0 + 8 * half;
+    const int first_seen = window_lo(pattern, p);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int near = strided ? -kNowhere : first_seen[half] - j0;
-      const int lo = box.lo - j0;
-      const int hi = min(box.hi - 1, causal_hi[half]) - j0;
+    for (int word = 0; word < kScores / 16; ++word) {
+      const uint32_t seen =
+          visible_bits_of_tile(pattern, box_of, log2_box, word, p, first_seen, row) >>
+          threadIdx.x % 4 * 2;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int c = e / 2 * 8 + e % 2;
-        const bool seen = (c <= hi) & (c >= lo) & ((c >= near) | (c < sink));
-        float& score = s[group * 8 + e / 2 * 4 + half * 2 + e % 2];
-        score = seen ? score : -INFINITY;
+      for (int e = 0; e < 8; ++e) {
+        float& score = s[word * 16 + e / 2 * 4 + half * 2 + e % 2];
+        score = seen >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
       }
     }
   }

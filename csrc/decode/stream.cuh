@@ -148,7 +148,7 @@ class WarpStream {
 #pragma unroll
       for (int half = 0; half < 2; ++half) grown |= soften(s[g], g, half, rescale[g][half]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weights[g][i] = sm80::pack<T>(s[g][2 * i], s[g][2 * i + 1]);
+      for (int i = 0; i < 4; ++i) weights[g][i] = pack<T>(s[g][2 * i], s[g][2 * i + 1]);
     }
     if (__any_sync(0xffffffff, grown)) {
 #pragma unroll

@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+#include "arch/pack.cuh"
+
 namespace longgen::sm80 {
 
 // Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
@@ -46,19 +48,6 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float* d, const uint
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float lo, float hi);
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
-  const __half2 packed = __floats2half2_rn(lo, hi);
-  return reinterpret_cast<const uint32_t&>(packed);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
-  const __nv_bfloat162 packed = __floats2bfloat162_rn(lo, hi);
-  return reinterpret_cast<const uint32_t&>(packed);
 }
 
 }  // namespace longgen::sm80

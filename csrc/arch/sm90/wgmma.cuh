@@ -13,6 +13,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "arch/pack.cuh"
+
 namespace longgen::sm90 {
 
 // Orders earlier register writes before the next wgmma that reads those registers.
@@ -48,31 +50,6 @@ __device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t panel = 1
 // The same operand, `bytes` further on.
 __device__ __forceinline__ uint64_t advance(uint64_t operand, uint32_t bytes) {
   return operand + (bytes >> 4);
-}
-
-// Two neighbouring accumulators as one register of an A fragment.
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float lo, float hi);
-template <>
-__device__ __forceinline__ uint32_t pack<__half>(float lo, float hi) {
-  const __half2 packed = __floats2half2_rn(lo, hi);
-  return reinterpret_cast<const uint32_t&>(packed);
-}
-template <>
-__device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
-  const __nv_bfloat162 packed = __floats2bfloat162_rn(lo, hi);
-  return reinterpret_cast<const uint32_t&>(packed);
-}
-
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t pair);
-template <>
-__device__ __forceinline__ float2 unpack<__half>(uint32_t pair) {
-  return __half22float2(reinterpret_cast<const __half2&>(pair));
-}
-template <>
-__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t pair) {
-  return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000)};
 }
 
 template <int N, typename T>

@@ -183,7 +183,10 @@ class DqMathWarpgroup {
         keep(ds);
         if (tile > 0) release(shared_.k_empty[(step_ - 1) % Traits::kKStages]);
         if (some_masked(item.boxes, first_box, boxes_per_tile_))
-          hide_keys(s, params_.pattern, item.boxes, first_box, params_.plan.log2_box, p0);
+          hide_keys(
+              s, params_.pattern,
+              [&](int b) { return key_box(item.boxes, item.boxes[first_box + b]); },
+              params_.plan.log2_box, p0, 0);
         float p[kScores];
 #pragma unroll
         for (int i = 0; i < kScores; ++i)

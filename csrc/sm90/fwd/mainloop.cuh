@@ -7,6 +7,7 @@
 
 #include "arch/sm90/barrier.cuh"
 #include "arch/sm90/wgmma.cuh"
+#include "attention/key_mask.cuh"
 #include "attention/softmax.cuh"
 #include "params.h"
 #include "sm90/fwd/traits.cuh"
@@ -212,23 +213,9 @@ class MathWarpgroup {
   // Hides what is not visible in the tile at hand.
   __device__ __forceinline__ void mask(float (&s)[kScores], int q_stage, int k_stage) {
     const TileInfo& tile = shared_.tile[k_stage];
-    const int p0 = shared_.item[q_stage].p_tile + row_;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int p = p0 + 8 * half;
-      const int first_seen = window_lo(params_.pattern, p);
-#pragma unroll
-      for (int word = 0; word < Traits::kBlockN / 32; ++word) {
-        const uint32_t seen = visible_bits_of_tile(params_.pattern, tile.box, params_.log2_box,
-                                                   word, p, first_seen, warpgroup_) >>
-                              lane_ % 4 * 2;
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          float& score = s[word * 16 + e / 2 * 4 + half * 2 + e % 2];
-          score = seen >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
-        }
-      }
-    }
+    hide_keys(
+        s, params_.pattern, [&](int b) -> const KeyBox& { return tile.box[b]; }, params_.log2_box,
+        shared_.item[q_stage].p_tile + row_, warpgroup_);
   }
 
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.

@@ -18,7 +18,7 @@ from longgen_kernels.kernels.cache_problem import (
     num_splits,
     tickets_needed,
 )
-from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current_stream, on_device
+from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current_stream, has_aligned_rows, on_device
 from longgen_kernels.kernels.cuda.extension import available
 
 _HEAD_DIMS = (64, 96, 128, 256)
@@ -38,7 +38,7 @@ def cache_unsupported(cache: CacheTensors) -> str | None:
         return f"takes head_dim 64, 96, 128 and 256, got {cache.head_dim}"
     if cache.k.stride() != cache.v.stride():
         return f"takes k and v of one layout in memory, got strides {cache.k.stride()} and {cache.v.stride()}"
-    if not _is_aligned(cache.k) or not _is_aligned(cache.v):
+    if not has_aligned_rows(cache.k) or not has_aligned_rows(cache.v):
         return f"takes caches with rows at multiples of 16 bytes, got strides {cache.k.stride()}"
     page = cache.page_size
     if cache.block_table is not None and (page < GRANULE or page & (page - 1)):
@@ -175,14 +175,8 @@ def _tickets(cache: CacheTensors) -> Tensor:
     return torch.zeros(tickets_needed(cache.batch, cache.kv_heads), dtype=torch.int32, device=cache.k.device)
 
 
-def _is_aligned(x: Tensor) -> bool:
-    """Do all rows start at multiples of 16 bytes? The stride of a dimension of one element is never taken."""
-    strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
-
-
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, or copies of them, with aligned rows and one layout in memory."""
-    if all(_is_aligned(x) and x.stride() == tensors[0].stride() for x in tensors):
+    if all(has_aligned_rows(x) and x.stride() == tensors[0].stride() for x in tensors):
         return tensors
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
