@@ -271,7 +271,6 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("decode_rows_per_tile", &decode_rows_per_tile, py::kw_only(), "rows"_a, "head_dim"_a);
-  m.def("decode_shared_bytes", &decode_shared_bytes, py::kw_only(), "rows"_a, "head_dim"_a);
 
   m.def(
       "cache_append",
@@ -303,7 +302,7 @@ PYBIND11_MODULE(_C, m) {
          Address block_table, Address k, Address v, const Strides& new_strides, int n_new,
          Address counts, bool advance, Address tickets, int n, int q_heads, int q_offset,
          float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
-         int splits, bool in_cluster, Address part_out, Address part_lse, Address stream) {
+         int splits, bool starts_early, Address part_out, Address part_lse, Address stream) {
         DecodeParams params{};
         params.cache =
             cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots, pages,
@@ -319,7 +318,7 @@ PYBIND11_MODULE(_C, m) {
         params.out = reinterpret_cast<void*>(out);
         params.lse = reinterpret_cast<float*>(lse);
         params.splits = splits;
-        params.in_cluster = in_cluster;
+        params.starts_early = starts_early;
         params.part_out = reinterpret_cast<float*>(part_out);
         params.part_lse = reinterpret_cast<float*>(part_lse);
         params.stream = as_stream(stream);
@@ -330,7 +329,7 @@ PYBIND11_MODULE(_C, m) {
       "slots"_a, "pages"_a, "log2_page"_a, "dtype"_a, "k_cache"_a, "v_cache"_a, "cache_strides"_a,
       "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a, "counts"_a,
       "advance"_a, "tickets"_a, "n"_a, "q_heads"_a, "q_offset"_a, "softmax_scale"_a, "q"_a,
-      "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "in_cluster"_a, "part_out"_a, "part_lse"_a,
+      "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "starts_early"_a, "part_out"_a, "part_lse"_a,
       "stream"_a);
 
   m.def(

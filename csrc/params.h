@@ -194,8 +194,8 @@ struct DecodeParams {
   void* out;   // (batch, n, q_heads, head_dim), contiguous
   float* lse;  // (batch, q_heads, n), contiguous
   int32_t splits;
-  // Whether the splits of a row tile, 2 to 8, are a cluster (Hopper): then they need no part_out.
-  int32_t in_cluster;
+  // Whether the kernel may start before the one ahead of it has ended (Hopper).
+  int32_t starts_early;
   // Results of the splits, or nullptr when there is one: (batch, kv_heads, row tiles, splits, rows
   // of a tile, head_dim), and without the last dimension.
   float* part_out;
@@ -204,7 +204,7 @@ struct DecodeParams {
   cudaStream_t stream;
   // Set by the launch.
   float scale_log2;
-  int32_t group, row_tiles, stages;
+  int32_t group, row_tiles;
   uint32_t group_reciprocal;  // 2^16 / group, rounded up
 };
 
@@ -223,8 +223,5 @@ void attn_decode(const DecodeParams& params);
 // Rows of the query that a thread block of `attn_decode` has, given all rows of a KV head: what the
 // sizes of part_out and tickets follow from.
 int decode_rows_per_tile(int rows, int head_dim);
-
-// Bytes of shared memory that a thread block of it needs at least.
-int decode_shared_bytes(int rows, int head_dim);
 
 }  // namespace longgen

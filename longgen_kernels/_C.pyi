@@ -11,7 +11,6 @@ Strides = tuple[int, int, int]
 
 def build_info() -> BuildInfo: ...
 def decode_rows_per_tile(*, rows: int, head_dim: int) -> int: ...
-def decode_shared_bytes(*, rows: int, head_dim: int) -> int: ...
 def cache_append(
     *,
     pattern: list[int],
@@ -71,7 +70,7 @@ def attn_decode(
     out: int,
     lse: int,
     splits: int,
-    in_cluster: bool,
+    starts_early: bool,
     part_out: int,
     part_lse: int,
     stream: int,

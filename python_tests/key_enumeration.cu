@@ -1,8 +1,10 @@
-// csrc's enumeration of the keys that a query tile visits, on the CPU: for test_key_enumeration.py.
+// csrc's enumeration of work, and of the keys that a query tile visits, on the CPU: for
+// test_key_enumeration.py.
 #include <cstdint>
 #include <vector>
 
 #include "attention/box_tiles.cuh"
+#include "sm90/work.cuh"
 
 using namespace longgen;
 
@@ -59,4 +61,16 @@ extern "C" int enumerate(const int32_t* code, const int32_t* mask_rows, int log2
     }
   }
   return 0;
+}
+
+// Counts in items[batch, head, tile] how often the grid's list has each query tile.
+extern "C" void list_work(int batch, int heads, int q_tiles, int32_t* items) {
+  AttentionFwdParams params{};
+  params.batch = batch;
+  params.q_heads = heads;
+  params.seqlen_q = q_tiles * 128;
+  for (int index = 0; index < batch * heads * q_tiles; ++index) {
+    const auto work = sm90::work_item<128>(params, q_tiles, index);
+    ++items[(work.batch * heads + work.head) * q_tiles + work.p_tile / 128];
+  }
 }

@@ -100,6 +100,15 @@ def test_every_kind_of_pattern(kind: str, size: int, library: ctypes.CDLL) -> No
         check(library, pattern, *shape, page_size=16)
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "tiles"), [(1, 1, 1), (2, 3, 31), (1, 32, 128), (3, 7, 1056), (1, 2, 2500), (1, 2000, 5)]
+)
+def test_every_query_tile_is_one_item(batch: int, heads: int, tiles: int, library: ctypes.CDLL) -> None:
+    items = np.zeros((batch, heads, tiles), dtype=np.int32)
+    library.list_work(batch, heads, tiles, address(items))
+    assert (items == 1).all()
+
+
 @st.composite
 def patterns(draw: st.DrawFn) -> AttentionPattern | BlockMask:
     tokens = st.sampled_from([0, 1, 5, 63, 128, 200, 513])

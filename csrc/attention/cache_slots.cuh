@@ -18,7 +18,7 @@ class CacheSlots {
  public:
   // Queries stand at positions p_first to p_last; keys are at positions below `end`.
   __device__ CacheSlots(const CacheParams& cache, int kv_head, int p_first, int p_last, int end)
-      : cache_(cache), window_(cache.pattern.window) {
+      : cache_(cache), window_(cache.pattern.window), p_first_(p_first), p_last_(p_last) {
     const PatternParams& pattern = cache.pattern;
     const int shift = pattern.log2_block;
     if (!compact()) end = min(end, cache.slots);
@@ -74,11 +74,36 @@ class CacheSlots {
     const int position = ring_chunk_ * kChunk + ahead + row;
     if (position < lo_ || position >= hi_ || is_strided(position)) return kNone;
     if (!compact()) return {position, last_seen(position), position};
-    // Two turns suffice: the run is no longer than the ring and a chunk.
-    int slot = ring_slot_ + ahead;
-    if (slot >= cache_.ring) slot -= cache_.ring;
-    if (slot >= cache_.ring) slot -= cache_.ring;
-    return {position, last_seen(position), slot + row};
+    return {position, last_seen(position), ring_slot(ahead) + row};
+  }
+
+  // The first of the chunk's slots, if they are neighbours and all queries see all their tokens;
+  // otherwise, or where that is not plain to see, -1.
+  __device__ __forceinline__ int whole(int chunk) const {
+    const PatternParams& pattern = cache_.pattern;
+    const bool always = pattern.window_kind == Window::kNone;
+    const bool has_chunks = pattern.stride != 0 && (1 << pattern.log2_block) >= kChunk;
+    if (chunk < permanent_chunks_) {
+      const int index = chunk * kChunk;
+      int position = index;
+      if (index >= cache_.sink_slots) {
+        if (!has_chunks) return -1;
+        const int inside = index - cache_.sink_slots, shift = pattern.log2_block;
+        position = (first_block_ + (inside >> shift) * pattern.stride << shift) +
+                   (inside & ((1 << shift) - 1));
+        if (position < cache_.sink_slots) return -1;
+      } else if (!always && index + kChunk > pattern.sink) {
+        return -1;
+      }
+      if (index + kChunk > n_permanent_ || position + kChunk - 1 > p_first_) return -1;
+      return compact() ? cache_.ring + index : position;
+    }
+    const int ahead = (chunk - permanent_chunks_) * kChunk;
+    const int position = ring_chunk_ * kChunk + ahead;
+    if (pattern.stride != 0 && (!has_chunks || is_strided(position))) return -1;
+    if (position < lo_ || position + kChunk - 1 > p_first_ || last_seen(position) < p_last_)
+      return -1;
+    return compact() ? ring_slot(ahead) : position;
   }
 
   // The chunk that holds the token at this position, or -1.
@@ -100,6 +125,15 @@ class CacheSlots {
   }
 
  private:
+  // The slot of the token so many slots after the first of the run.
+  __device__ __forceinline__ int ring_slot(int ahead) const {
+    // Two turns suffice: the run is no longer than the ring and a chunk.
+    int slot = ring_slot_ + ahead;
+    if (slot >= cache_.ring) slot -= cache_.ring;
+    if (slot >= cache_.ring) slot -= cache_.ring;
+    return slot;
+  }
+
   // A token's place among the permanent ones, or -1.
   __device__ __forceinline__ int permanent_index(int position) const {
     if (position < cache_.sink_slots) return position;
@@ -125,7 +159,7 @@ class CacheSlots {
   }
 
   const CacheParams& cache_;
-  int window_;
+  int window_, p_first_, p_last_;
   int hi_ = 0, lo_ = 0;
   int n_permanent_ = 0, permanent_chunks_ = 0, chunks_ = 0, ring_chunk_ = 0, ring_slot_ = 0;
   int first_block_ = 0, phase_ = 0;

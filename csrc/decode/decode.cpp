@@ -41,6 +41,8 @@ void of_head_dim(const DecodeParams& params) {
 
 }  // namespace decode
 
+int decode_rows_per_tile(int rows, int head_dim) { return rows > 8 && head_dim <= 128 ? 16 : 8; }
+
 void attn_decode(const DecodeParams& params) {
   if (params.cache.batch == 0 || params.n == 0) return;
   switch (params.cache.dtype) {

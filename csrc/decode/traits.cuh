@@ -7,48 +7,28 @@
 
 namespace longgen::decode {
 
-template <typename T_, int kHeadDim_, int kRowGroups_>
+template <typename T_, int kHeadDim_, int kOctets_>
 struct DecodeTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kRowGroups = kRowGroups_;
-  static constexpr int kRows = 16 * kRowGroups;  // of the query: tokens times heads of a group
-  static constexpr int kWarps = 4;
+  static constexpr int kOctets = kOctets_;
+  static constexpr int kRows = 8 * kOctets;  // of the query: tokens times heads of a group
+  // One block fills a multiprocessor. A thread holds a chunk's keys and values, kHeadDim / 2
+  // registers, Q and the output, 3 kHeadDim / 8 each octet, and some 50 others.
+  static constexpr int kWarps = kHeadDim == 64 ? 16 : kHeadDim * kOctets <= 128 ? 12 : 8;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kMaxStages = 3;
-  static constexpr int kMinStages = 2;
-  // Output accumulators are kRowGroups * kHeadDim / 2 registers a thread.
-  static_assert(kRowGroups * kHeadDim <= 256, "more accumulators than registers");
-  static constexpr bool kQInRegisters = kRowGroups * kHeadDim <= 128;
-
-  // 16 bytes of padding put the eight rows that ldmatrix reads at once into different banks.
-  static constexpr int kStride = kHeadDim + 8;
-  static_assert(kHeadDim % 32 == 0, "copies of 16 bytes are spread evenly over a warp");
-  static_assert((kStride / 8) % 2 == 1,
-                "eight rows of an odd number of 16 bytes: no bank conflict");
+  static_assert(kHeadDim % 32 == 0, "four lanes read 32 elements of a key at once");
   static_assert(sizeof(T) == 2, "matrix instructions of 16-bit types");
 
-  // Each warp streams chunks of its own through its own stages; nobody else waits for them.
-  struct Stage {
-    alignas(16) T k[kChunk * kStride];
-    T v[kChunk * kStride];
-  };
-  struct Seen {  // query positions that see a token: first and last
-    int first, last;
-  };
-  // At the end the stages hold the warps' outputs instead.
-  static constexpr int kOutStride = kHeadDim + 8;
-  static_assert(kRows * kOutStride * sizeof(float) <= kMinStages * sizeof(Stage),
-                "a warp's output fits into its stages");
-  struct Fixed {
-    alignas(16) T q[kRows * kStride];
-    alignas(16) Seen seen[kWarps][kMaxStages][kChunk];
+  // An odd number: a warp's lanes write to different banks, or two to one.
+  static constexpr int kOutStride = kHeadDim + 1;
+  struct Shared {  // what each warp has found
+    float out[kWarps][kRows * kOutStride];
     float maximum[kWarps][kRows];
     float sum[kWarps][kRows];
   };
-  static constexpr int shared_bytes(int stages) {
-    return sizeof(Fixed) + kWarps * stages * sizeof(Stage);
-  }
+  static constexpr int kSharedBytes = sizeof(Shared);
+  static_assert(kSharedBytes <= 99 * 1024, "some GPUs give a block no more");
 };
 
 }  // namespace longgen::decode

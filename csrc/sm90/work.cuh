@@ -10,7 +10,7 @@ struct Work : Sequence {
   int head;
   int p_tile;  // position of the tile's first row; may lie before q_start
 
-  __device__ __forceinline__ bool empty() const { return p_tile >= q_start + q_len; }
+  __host__ __device__ __forceinline__ bool empty() const { return p_tile >= q_start + q_len; }
   __device__ __forceinline__ int p_first() const { return max(p_tile, q_start); }
   __device__ __forceinline__ int p_last(int rows) const {
     return min(p_tile + rows, q_start + q_len) - 1;
@@ -20,6 +20,8 @@ struct Work : Sequence {
 // At most so many items, and tiles of a head, are left for the end; see work_item.
 constexpr int kLastItems = 1024;
 constexpr int kLastTiles = 32;
+// So many tiles of each head come before more of any: what a GPU knows the addresses of is limited.
+constexpr int kStretchTiles = 1024;
 
 // The item of a block in round `round` of the grid, or -1. Every other round goes backwards, so
 // that a block that got a longer tile than its neighbours gets a shorter one next and all stay near
@@ -30,19 +32,26 @@ __device__ __forceinline__ int work_index(int round, int items) {
 }
 
 // Item `index` of the grid's list. Head by head, query tiles in descending order: blocks at work
-// share the keys of one head in L2, and the last tiles of a causal pattern are its longest. The
-// first few tiles of all heads come at the end, in descending order together: a causal pattern's
-// short ones, which even out what each block has got.
+// share the keys of one head in L2, and the last tiles of a causal pattern are its longest. All
+// heads go through one stretch of tiles, then through the next: their rows share pages. The first
+// few tiles of all heads come at the end, in descending order together: a causal pattern's short
+// ones, which even out what each block has got.
 template <int kBlockM, typename Params>
-__device__ __forceinline__ Work work_item(const Params& params, int q_tiles, int index) {
+__host__ __device__ __forceinline__ Work work_item(const Params& params, int q_tiles, int index) {
   const bool packed = params.cu_seqlens_q != nullptr;
   const int heads = params.q_heads * (packed ? 1 : params.batch);  // of all sequences
-  const int last_tiles = min(q_tiles, min(max(kLastItems / heads, 1), kLastTiles));
+  const int share = kLastItems / heads;
+  const int most = share < 1 ? 1 : share < kLastTiles ? share : kLastTiles;
+  const int last_tiles = q_tiles < most ? q_tiles : most;
   const int tiles_first = q_tiles - last_tiles;
   int tile, of_all;
   if (index < heads * tiles_first) {
-    tile = q_tiles - 1 - index % tiles_first;
-    of_all = index / tiles_first;
+    const int skipped = index / heads / kStretchTiles * kStretchTiles;
+    const int left = tiles_first - skipped;
+    const int stretch = left < kStretchTiles ? left : kStretchTiles;
+    index -= heads * skipped;
+    tile = q_tiles - 1 - skipped - index % stretch;
+    of_all = index / stretch;
   } else {
     index -= heads * tiles_first;
     tile = last_tiles - 1 - index / heads;

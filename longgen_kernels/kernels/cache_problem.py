@@ -107,9 +107,9 @@ class CacheProblem:
 def tickets_needed(batch: int, kv_heads: int) -> int:
     """Int32 zeros that a kernel counts its finished parts with, and leaves as zeros.
 
-    One for each sequence, and one for each KV head and 16 rows of the query: 16 tokens of 16 heads have 256.
+    One for each sequence, and one for each KV head and 8 rows of the query: 16 tokens of 16 heads have 256.
     """
-    return batch * (1 + MAX_QUERY_TOKENS * kv_heads)
+    return batch * (1 + 2 * MAX_QUERY_TOKENS * kv_heads)
 
 
 @lru_cache(maxsize=4096)

@@ -87,30 +87,36 @@ class AttentionProblem:
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, varlen: bool) -> None:
     """Raise TypeError or ValueError, naming the argument, unless q, k and v fit together."""
+    # Each attribute of a tensor is asked for once: together they are a good part of a call's time on the host.
     ndim, layout = (3, "(total, heads, head_dim)") if varlen else (4, "(batch, seqlen, heads, head_dim)")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.ndim != ndim:
-            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
-        if x.shape[-1] < 1 or x.shape[-2] < 1:
-            raise ValueError(f"{name} needs at least one head and head_dim >= 1, got shape {tuple(x.shape)}")
-        if x.shape[-1] > 1 and x.stride(-1) != 1:
+        shape, dtype = x.shape, x.dtype
+        if len(shape) != ndim:
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(shape)}")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
+        if shape[-1] < 1 or shape[-2] < 1:
+            raise ValueError(f"{name} needs at least one head and head_dim >= 1, got shape {tuple(shape)}")
+        if x.stride(-1) != 1 and shape[-1] > 1:
             raise ValueError(f"{name} must have stride 1 in head_dim, got strides {x.stride()}; call .contiguous()")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q and k must have one head_dim, got {q.shape[-1]} and {k.shape[-1]}")
-    if not varlen and q.shape[0] != k.shape[0]:
-        raise ValueError(f"q and k must have one batch size, got {q.shape[0]} and {k.shape[0]}")
-    if q.shape[-2] % k.shape[-2] != 0:
-        raise ValueError(f"q heads ({q.shape[-2]}) must be a multiple of kv heads ({k.shape[-2]})")
+        if x is q:
+            q_shape, q_dtype, q_device = shape, dtype, x.device
+            continue
+        if dtype != q_dtype:
+            raise TypeError(f"{name} must have q's dtype {q_dtype}, got {dtype}")
+        if x.device != q_device:
+            raise ValueError(f"{name} must be on q's device {q_device}, got {x.device}")
+    k_shape = k.shape
+    if k_shape != v.shape:
+        raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(v.shape)}")
+    if q_shape[-1] != k_shape[-1]:
+        raise ValueError(f"q and k must have one head_dim, got {q_shape[-1]} and {k_shape[-1]}")
+    if not varlen and q_shape[0] != k_shape[0]:
+        raise ValueError(f"q and k must have one batch size, got {q_shape[0]} and {k_shape[0]}")
+    if q_shape[-2] % k_shape[-2] != 0:
+        raise ValueError(f"q heads ({q_shape[-2]}) must be a multiple of kv heads ({k_shape[-2]})")
 
 
 def check_pages(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, batch: int) -> None:

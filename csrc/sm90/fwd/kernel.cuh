@@ -29,8 +29,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
         shared.redo[warpgroup][stage] = 0;
     }
     for (int stage = 0; stage < Traits::kKeyStages; ++stage) {
-      shared.k_full[stage].init(1);
-      shared.k_empty[stage].init(kMathWarps);
+      // Every thread arrives that writes or reads what the producer says of a tile.
+      shared.k_full[stage].init(32);
+      shared.k_empty[stage].init(kMathWarps * 32);
     }
     for (int stage = 0; stage < Traits::kValueStages; ++stage) {
       shared.v_full[stage].init(1);

@@ -85,7 +85,7 @@ class MathWarpgroup {
       }
       softmax.add(tile_sum);
       if (flags & TileInfo::kForeign) clear_foreign(shared_.tile[k_stage], values_.stage);
-      release(shared_.k_empty[k_stage]);
+      shared_.k_empty[k_stage].arrive();
       issue_output(o, p, !fresh);
       named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
       wgmma_wait<1>();

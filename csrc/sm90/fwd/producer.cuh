@@ -99,12 +99,13 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
       if (lane < boxes_per_tile) shared.tile[stage].box[lane] = key_box(boxes, box);
       if (foreign && lane < boxes_per_tile)
         shared.tile[stage].own_rows[lane] = {max(-row, 0), min(work.k_len - row, box_rows)};
-      __syncwarp();
       if (lane == 0) {
         shared.tile[stage].flags = (masked ? TileInfo::kMasked : 0) |
                                    (tiles.done() ? TileInfo::kLast : 0) |
                                    (foreign ? TileInfo::kForeign : 0);
         shared.k_full[stage].arrive_and_expect(Traits::kTileBytes);
+      } else {
+        shared.k_full[stage].arrive();
       }
       if (copies)
         copy_box(k_map, shared.k_full[stage], shared.k[stage] + my_offset, my_panel * 64, place.row,
@@ -116,10 +117,8 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
     } while (!tiles.done());
   });
   shared.k_empty[keys.stage].wait(keys.round ^ 1);
-  if (lane == 0) {
-    shared.tile[keys.stage].flags = TileInfo::kEnd;
-    shared.k_full[keys.stage].arrive();
-  }
+  if (lane == 0) shared.tile[keys.stage].flags = TileInfo::kEnd;
+  shared.k_full[keys.stage].arrive();
   copy_owed_values();
 }
 

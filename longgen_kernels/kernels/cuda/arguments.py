@@ -63,12 +63,12 @@ def has_aligned_rows(x: Tensor) -> bool:
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one, if it is not; that it mostly is saves microseconds."""
-    return contextlib.nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device)
+    return contextlib.nullcontext() if x.get_device() == torch._C._cuda_getDevice() else torch.cuda.device(x.device)
 
 
 def current_stream(x: Tensor) -> int:
     """Address of the current stream of the tensor's device."""
-    return int(torch._C._cuda_getCurrentRawStream(x.device.index))
+    return int(torch._C._cuda_getCurrentRawStream(x.get_device()))
 
 
 def argument(name: str, x: Tensor) -> dict[str, Any]:

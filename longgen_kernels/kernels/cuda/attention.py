@@ -41,8 +41,8 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     from longgen_kernels import _C
 
     q, k, pattern, table = problem.q, problem.k, problem.pattern, problem.block_table
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
     with on_device(q):
         _C.attn_fwd_sm90(
             pattern=pattern.encode(),

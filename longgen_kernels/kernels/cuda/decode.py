@@ -23,8 +23,7 @@ from longgen_kernels.kernels.cuda.extension import available
 
 _HEAD_DIMS = (64, 96, 128, 256)
 _MAX_GROUP = 16  # query heads of a KV head
-_MAX_CLUSTER = 8  # thread blocks
-_WARPS = 4  # of a thread block; each takes every fourth chunk of 16 slots
+_CHUNKS_A_SPLIT = 4  # of 16 slots, at least
 
 
 def cache_unsupported(cache: CacheTensors) -> str | None:
@@ -43,8 +42,8 @@ def cache_unsupported(cache: CacheTensors) -> str | None:
     page = cache.page_size
     if cache.block_table is not None and (page < GRANULE or page & (page - 1)):
         return f"takes pages of a power of two of at least {GRANULE} tokens, got {page}"
-    if cache.kv_heads > 65535 // MAX_QUERY_TOKENS or cache.batch > 65535:
-        return f"takes up to 4095 KV heads and 65535 sequences, got {cache.kv_heads} and {cache.batch}"
+    if cache.kv_heads > 65535 // (2 * MAX_QUERY_TOKENS) or cache.batch > 65535:
+        return f"takes up to 2047 KV heads and 65535 sequences, got {cache.kv_heads} and {cache.batch}"
     return None
 
 
@@ -56,16 +55,7 @@ def cache_attention_unsupported(problem: CacheProblem) -> str | None:
         return f"takes up to {_MAX_GROUP} query heads a KV head, got {problem.group}"
     if problem.new is not None and problem.new.n != problem.n:
         return f"takes as many new tokens as queries, got {problem.new.n} and {problem.n}"
-    reason = cache_unsupported(problem.cache)
-    if reason is not None:
-        return reason
-    from longgen_kernels import _C
-
-    needed = _C.decode_shared_bytes(rows=problem.n * problem.group, head_dim=problem.cache.head_dim)
-    has = _shared_memory(problem.q.device)
-    if needed > has:
-        return f"needs {needed} bytes of shared memory a thread block for head_dim {problem.cache.head_dim}, has {has}"
-    return None
+    return cache_unsupported(problem.cache)
 
 
 def cache_append(cache: CacheTensors, new: NewTokens) -> None:
@@ -90,12 +80,10 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     rows = _C.decode_rows_per_tile(rows=n * problem.group, head_dim=head_dim)
     row_tiles = -(-n * problem.group // rows)
     blocks = batch * cache.kv_heads * row_tiles
-    # Two blocks share a multiprocessor, but for the widest heads, whose stages fill its shared memory.
-    resident = (2 if head_dim <= 128 else 1) * multiprocessors(q.device)
-    splits = num_splits(blocks, max_tiles(cache, GRANULE * _WARPS), resident)
-    in_cluster = 1 < splits <= _MAX_CLUSTER and _has_clusters(q.device)
+    # One block fills a multiprocessor; a split of a few chunks is not worth its part in the combination.
+    splits = num_splits(blocks, max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT), multiprocessors(q.device))
     part_out = part_lse = None
-    if splits > 1 and not in_cluster:
+    if splits > 1:
         part_lse = torch.empty(blocks * splits * rows, dtype=torch.float32, device=q.device)
         part_out = torch.empty(blocks * splits * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
@@ -114,7 +102,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
             out=out.data_ptr(),
             lse=lse.data_ptr(),
             splits=splits,
-            in_cluster=in_cluster,
+            starts_early=_runs_hopper_code(q.device),
             part_out=address(part_out),
             part_lse=address(part_lse),
             stream=current_stream(q),
@@ -123,14 +111,8 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 
 
 @lru_cache
-def _shared_memory(device: torch.device) -> int:
-    # Where PyTorch does not say, the launch does.
-    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 1 << 30))
-
-
-@lru_cache
-def _has_clusters(device: torch.device) -> bool:
-    """Thread block clusters need code for Hopper itself: later GPUs run the kernels' PTX, which is for sm_80."""
+def _runs_hopper_code(device: torch.device) -> bool:
+    """Dependent launches need code for Hopper itself: later GPUs run the kernels' PTX, which is for sm_80."""
     from longgen_kernels import _C
 
     return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _C.build_info()["cuda_archs"].split(",")

@@ -1,0 +1,34 @@
+// What a thread block of the decode kernel works on.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace longgen::decode {
+
+// A tile of query rows of a KV head: token-major, (token, head of the group).
+struct Tile {
+  int sequence, kv_head, first_row, rows;
+  int64_t index;  // among all
+
+  // Division by multiplication: exact for the at most 272 rows of a KV head and groups up to 16.
+  __device__ __forceinline__ int token(const DecodeParams& params, int row) const {
+    return ((first_row + row) * params.group_reciprocal) >> 16;
+  }
+  __device__ __forceinline__ int head(const DecodeParams& params, int row) const {
+    return kv_head * params.group + first_row + row - token(params, row) * params.group;
+  }
+};
+
+// A split's share of a sequence's chunks: from first to before last.
+struct Share {
+  int first, last;
+};
+__device__ __forceinline__ Share share_of(int chunks, int split, int splits) {
+  const int each = chunks / splits, rest = chunks % splits;
+  const int first = split * each + min(split, rest);
+  return {first, first + each + (split < rest ? 1 : 0)};
+}
+
+}  // namespace longgen::decode
