@@ -29,17 +29,21 @@ __device__ __forceinline__ void write_token(const CacheParams& cache, const NewT
   }
 }
 
-// Whether this block is the last of `blocks` to come here: it sees all that the others wrote to
-// global memory before. Leaves the ticket as it was before the first.
-__device__ __forceinline__ bool is_last(uint32_t* ticket, int blocks) {
+// Counts up to `blocks`, and then from 0 again; returns whether this was the last. Who gets true
+// sees all that the others wrote before.
+__device__ __forceinline__ bool counts_last(uint32_t* ticket, uint32_t blocks) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(ticket)), "r"(blocks - 1)
+               : "memory");
+  return before == blocks - 1;
+}
+
+// The same for blocks, each with what all its threads wrote.
+__device__ __forceinline__ bool is_last(uint32_t* ticket, uint32_t blocks) {
   __syncthreads();
-  bool last = false;
-  if (threadIdx.x == 0) {
-    __threadfence();
-    last = atomicInc(ticket, blocks - 1) == blocks - 1;
-    __threadfence();
-  }
-  return __syncthreads_or(last);
+  return __syncthreads_or(threadIdx.x == 0 && counts_last(ticket, blocks));
 }
 
 }  // namespace longgen::decode

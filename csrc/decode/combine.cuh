@@ -23,56 +23,59 @@ __device__ __forceinline__ float* lse_of(const DecodeParams& params, const Tile&
   return params.lse + head * params.n + tile.token(params, row);
 }
 
-// A state of attention to some keys, of one element of a row, relative to a base-2 offset.
-struct Partial {
-  float out = 0.f, sum = 0.f;
-
-  __device__ __forceinline__ void add(float weight, float x, float x_sum) {
-    sum += weight * x_sum;
-    out += weight * x;
-  }
-  // NaN is not 0: it stays NaN.
-  __device__ __forceinline__ float quotient() const { return sum != 0.f ? out / sum : 0.f; }
-  // Base-2 logarithm, -inf for a row that saw nothing.
-  __device__ __forceinline__ float lse(float offset) const {
-    return sum != 0.f ? offset + log2f(sum) : -INFINITY;
-  }
-};
-
 // An offset to take exponents relative to, from the largest of them.
 __device__ __forceinline__ float finite_or_0(float largest) {
   return largest == -INFINITY ? 0.f : largest;
 }
-
-template <typename T>
-__device__ __forceinline__ void store_result(const DecodeParams& params, const Tile& tile, int row,
-                                             int column, const Partial& merged, float offset) {
-  out_row<T>(params, tile, row)[column] = from_float<T>(merged.quotient());
-  if (column == 0) *lse_of(params, tile, row) = merged.lse(offset) * 0.6931471805599453f;
+// A share of a sum; 0 for a row that saw nothing. NaN is not 0: it stays NaN.
+__device__ __forceinline__ float over(float x, float sum) { return sum != 0.f ? x / sum : 0.f; }
+// From base 2; -inf for a row that saw nothing.
+__device__ __forceinline__ float base2_lse(float offset, float sum) {
+  return sum != 0.f ? offset + log2f(sum) : -INFINITY;
 }
+constexpr float kLn2 = 0.6931471805599453f;
 
 // Merges what the warps have found. One split: the result. Several: this one's part of it, and its
 // base-2 LSE.
 template <typename Traits>
 __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Tile& tile,
-                                            const typename Traits::Shared& shared, float* part,
+                                            typename Traits::Shared& shared, float* part,
                                             float* part_lse) {
+  static_assert(Traits::kWarps <= 32, "a lane for each warp");
+  const int lane = threadIdx.x % 32;
+  // What a warp's output counts in a row takes the place of its maximum: a warp has a row.
+  for (int row = threadIdx.x / 32; row < tile.rows; row += Traits::kWarps) {
+    const bool exists = lane < Traits::kWarps;
+    const float maximum = exists ? shared.maximum[lane][row] * params.scale_log2 : -INFINITY;
+    float largest = maximum;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, distance));
+    const float offset = finite_or_0(largest);
+    const float weight = fast_exp2(maximum - offset);
+    float sum = exists ? weight * shared.sum[lane][row] : 0.f;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2)
+      sum += __shfl_xor_sync(0xffffffff, sum, distance);
+    if (exists) shared.maximum[lane][row] = over(weight, sum);
+    if (lane > 0) continue;
+    if (params.splits == 1) {
+      *lse_of(params, tile, row) = base2_lse(offset, sum) * kLn2;
+    } else {
+      part_lse[row] = base2_lse(offset, sum);
+    }
+  }
+  __syncthreads();
   for (int i = threadIdx.x; i < tile.rows * Traits::kHeadDim; i += Traits::kThreads) {
     const int row = i / Traits::kHeadDim, column = i % Traits::kHeadDim;
-    float largest = -INFINITY;
-#pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w) largest = fmaxf(largest, shared.maximum[w][row]);
-    const float offset = finite_or_0(largest * params.scale_log2);
-    Partial merged;
+    float x = 0.f;
 #pragma unroll
     for (int w = 0; w < Traits::kWarps; ++w)
-      merged.add(fast_exp2(shared.maximum[w][row] * params.scale_log2 - offset),
-                 shared.out[w][row * Traits::kOutStride + column], shared.sum[w][row]);
+      x += shared.maximum[w][row] * shared.out[w][row * Traits::kOutStride + column];
     if (params.splits == 1) {
-      store_result<typename Traits::T>(params, tile, row, column, merged, offset);
+      out_row<typename Traits::T>(params, tile, row)[column] = from_float<typename Traits::T>(x);
     } else {
-      part[i] = merged.quotient();
-      if (column == 0) part_lse[row] = merged.lse(offset);
+      part[i] = x;
     }
   }
 }
@@ -81,33 +84,47 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Ti
 // level-1 cache.
 template <typename Traits>
 __device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile) {
-  constexpr int kAtOnce = 8;  // splits: reads that are waited for together
+  constexpr int kAtOnce =
+      Traits::kHeadDim > 64 ? 12 : 8;  // splits: reads that are waited for together
+  constexpr int kPairs = Traits::kHeadDim / 2;
   const float* const part_lse = params.part_lse + tile.index * params.splits * Traits::kRows;
-  const float* const part_out =
-      params.part_out + tile.index * params.splits * Traits::kRows * Traits::kHeadDim;
-  for (int i = threadIdx.x; i < tile.rows * Traits::kHeadDim; i += Traits::kThreads) {
-    const int row = i / Traits::kHeadDim, column = i % Traits::kHeadDim;
-    float largest = -INFINITY;
-    Partial merged;
+  const float2* const part_out = reinterpret_cast<const float2*>(params.part_out) +
+                                 tile.index * params.splits * Traits::kRows * kPairs;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < tile.rows * kPairs; i += Traits::kThreads) {
+    const int row = i / kPairs, column = i % kPairs * 2;
+    float largest = -INFINITY, sum = 0.f;
+    float2 out{0.f, 0.f};
+#pragma unroll 1
     for (int first = 0; first < params.splits; first += kAtOnce) {
-      float lse[kAtOnce], x[kAtOnce], before = largest;
+      float lse[kAtOnce];
+      float2 x[kAtOnce];
 #pragma unroll
       for (int s = 0; s < kAtOnce; ++s) {
         const bool exists = first + s < params.splits;
-        const int64_t split_row = int64_t(first + s) * Traits::kRows;
-        lse[s] = exists ? __ldcg(part_lse + split_row + row) : -INFINITY;
-        x[s] = exists ? __ldcg(part_out + split_row * Traits::kHeadDim + i) : 0.f;
+        lse[s] = exists ? __ldcg(part_lse + (first + s) * Traits::kRows + row) : -INFINITY;
+        x[s] = exists ? __ldcg(part_out + (first + s) * Traits::kRows * kPairs + i) : float2{};
       }
+      const float before = largest;
 #pragma unroll
       for (int s = 0; s < kAtOnce; ++s) largest = fmaxf(largest, lse[s]);
       const float offset = finite_or_0(largest);
       const float rescale = fast_exp2(before - offset);
-      merged.out *= rescale;
-      merged.sum *= rescale;
+      sum *= rescale;
+      out.x *= rescale;
+      out.y *= rescale;
 #pragma unroll
-      for (int s = 0; s < kAtOnce; ++s) merged.add(fast_exp2(lse[s] - offset), x[s], 1.f);
+      for (int s = 0; s < kAtOnce; ++s) {
+        const float weight = fast_exp2(lse[s] - offset);
+        sum += weight;
+        out.x += weight * x[s].x;
+        out.y += weight * x[s].y;
+      }
     }
-    store_result<typename Traits::T>(params, tile, row, column, merged, finite_or_0(largest));
+    typename Traits::T* const target = out_row<typename Traits::T>(params, tile, row) + column;
+    target[0] = from_float<typename Traits::T>(over(out.x, sum));
+    target[1] = from_float<typename Traits::T>(over(out.y, sum));
+    if (column == 0) *lse_of(params, tile, row) = base2_lse(finite_or_0(largest), sum) * kLn2;
   }
 }
 

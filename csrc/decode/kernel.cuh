@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     // Every thread has used the length that it read. The last block of the sequence to come here
     // replaces it.
     __syncthreads();
-    const unsigned blocks = gridDim.x * gridDim.y;
-    if (threadIdx.x == 0 && atomicInc(params.tickets + sequence, blocks - 1) == blocks - 1)
+    if (threadIdx.x == 0 && counts_last(params.tickets + sequence, gridDim.x * gridDim.y))
       params.cache.seqlens[sequence] = end;
   }
   stream.run();

@@ -49,10 +49,6 @@ class WarpStream {
       maximum_[octet] = -INFINITY;
       p_[octet] = p0 + tile.token(params, min(row, tile.rows - 1));
     }
-    if constexpr (kReadsAhead) {
-#pragma unroll
-      for (int i = 0; i < kKeyLoads; ++i) load_queries(q_[i], i);
-    }
   }
 
   // Starts reading the first of this warp's chunks: first, first + kWarps, ... below end.
@@ -62,7 +58,11 @@ class WarpStream {
     if (chunk_ >= end_) return;
     locate(chunk_);
     load_keys();
-    if constexpr (kReadsAhead) load_values();
+    if constexpr (kReadsAhead) {
+#pragma unroll
+      for (int i = 0; i < kKeyLoads; ++i) load_queries(q_[i], i);
+      load_values();
+    }
   }
 
   // Attends to the chunks.

@@ -26,7 +26,7 @@ struct Share {
   int first, last;
 };
 __device__ __forceinline__ Share share_of(int chunks, int split, int splits) {
-  const int each = chunks / splits, rest = chunks % splits;
+  const int each = unsigned(chunks) / unsigned(splits), rest = chunks - each * splits;
   const int first = split * each + min(split, rest);
   return {first, first + each + (split < rest ? 1 : 0)};
 }
