@@ -18,7 +18,6 @@ namespace longgen {
 constexpr int kBeyond = 1 << 30;
 
 constexpr int kKeyTile = 128;
-constexpr int kQueryTile = 64;
 
 // The thread that looks for tiles has few registers: what lies in memory it is to read again.
 __host__ __device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
@@ -73,6 +72,11 @@ struct KeyTile {
     if (pattern.window_kind == Window::kBlocks)
       end = ((j >> pattern.log2_block) + pattern.window) << pattern.log2_block;
     return end < kBeyond ? end : kBeyond;
+  }
+
+  // The queries that see the key at position j.
+  __host__ __device__ __forceinline__ Run seen(const PatternParams& pattern, int j) const {
+    return {pattern.causal ? j : -kBeyond, seen_until(pattern, j)};
   }
 };
 
@@ -162,6 +166,7 @@ class KeyTiles {
 
 // The query tiles that see a key tile: a run, or the column of a block mask. Tiles are aligned to
 // positions, also below 0, and numbered from the one that holds the sequence's first query.
+template <int kQueryTile>
 class QueryTiles {
  public:
   // Queries stand at positions q_start and up; `seen` says which of them see a key of the tile,
@@ -210,7 +215,7 @@ class QueryTiles {
   __host__ __device__ __forceinline__ int at(const PatternParams& pattern, int index) const {
     index += first_;
     if (pattern.mask_cols == nullptr) return index;
-    constexpr int kLog2Tile = 6;
+    constexpr int kLog2Tile = kQueryTile == 64 ? 6 : 7;
     static_assert(1 << kLog2Tile == kQueryTile);
     const int log2_per_block = pattern.log2_block - kLog2Tile;
     const int block = pattern.mask_cols[entry_ + (index >> log2_per_block)];

@@ -36,10 +36,10 @@ void launch_attn_bwd(AttentionBwdParams params) {
     return tensor_map(data, params.dtype, {kHeadDim, rows, heads, batch},
                       {strides.seqlen, strides.head, strides.batch}, box_rows);
   };
-  const CUtensorMap q =
-      map(params.q, params.seqlen_q, params.q_heads, params.q_strides, kQueryTile);
+  constexpr int kRows = query_rows(kHeadDim);
+  const CUtensorMap q = map(params.q, params.seqlen_q, params.q_heads, params.q_strides, kRows);
   const CUtensorMap dout =
-      map(params.dout, params.seqlen_q, params.q_heads, params.dout_strides, kQueryTile);
+      map(params.dout, params.seqlen_q, params.q_heads, params.dout_strides, kRows);
 
   const dim3 query_grid(plan.q_tiles, params.q_heads, batch);
   bwd_rows_kernel<T, kHeadDim><<<query_grid, 256, 0, params.stream>>>(params);
@@ -60,7 +60,7 @@ void launch_attn_bwd(AttentionBwdParams params) {
     using Traits = BwdTraits<T, kHeadDim, true>;
     launch_persistent<Traits>(attn_bwd_kernel<Traits>, plan.items, params, params, q, dout);
     LONGGEN_CHECK_LAUNCH("attn_bwd_kernel");
-    bwd_dq_kernel<T, kHeadDim><<<query_grid, kHeadDim * 2, 0, params.stream>>>(params);
+    bwd_dq_kernel<T, kHeadDim><<<query_grid, 256, 0, params.stream>>>(params);
     LONGGEN_CHECK_LAUNCH("bwd_dq_kernel");
   }
   if (plan.chunks > 1) {

@@ -1,4 +1,4 @@
-// A math warpgroup: dK and dV of 64 keys, and 64 columns of dQ of every query tile that passes.
+// A math warpgroup: dK and dV of 64 keys, and 64 x 64 of dQ of every query tile that passes.
 //
 // Scores are computed transposed, keys by queries: P and dS then lie in registers as dV += P^T dO
 // and dK += dS^T Q want them, and only dQ = dS K needs dS in shared memory. Always some matrix
@@ -25,7 +25,8 @@ class BwdMathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
   static constexpr int kGradients = Traits::kHeadDim / 2;
-  static constexpr int kDqFloats = 64 * 64;  // of a warpgroup
+  using Part = DqPart<Traits::kHeadDim>;
+  static constexpr int kDq = Part::kFloats / 128;
 
  public:
   __device__ BwdMathWarpgroup(const AttentionBwdParams& params, typename Traits::Shared& shared,
@@ -84,15 +85,25 @@ class BwdMathWarpgroup {
     uint32_t p[kScores / 2];
     float dp[kScores];
 
-    // Scores are there when this tile's dP is the only product in flight; so is the last tile's dK.
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-    wgmma_wait<1>();
-    pin(s);
+    // dP follows the last tile's dK at once, or where its accumulators have no room beside dS, dK's
+    // operand, when dK is there: half of the scores are weighed in the meantime.
+    constexpr int kWeighed = Traits::kDpBesideDk ? 0 : kScores / 2;
+    if constexpr (Traits::kDpBesideDk) {
+      issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
+      wgmma_wait<1>();
+      pin(s);
+    } else {
+      pin(s);
+      weights<0, kWeighed>(p, s, stage, n, shared_.steps[q_stage]);
+      wgmma_wait<0>();
+    }
     keep(ds);
     if (follows) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
-    weights(p, s, stage, n, shared_.steps[q_stage]);
+    if constexpr (!Traits::kDpBesideDk)
+      issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
+    weights<kWeighed, kScores>(p, s, stage, n, shared_.steps[q_stage]);
 
     issue_gradient(dv, p, shared_address(shared_.dout[stage]));
     wgmma_wait<1>();
@@ -115,7 +126,7 @@ class BwdMathWarpgroup {
     issue_scores(s, item, more);
     if constexpr (Traits::kAddsDq) {
       shared_.ds_full.wait((step_ - 1) & 1);
-      float dq[kScores];
+      float dq[kDq];
       issue_query_gradient(dq, ds_address);
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
       wgmma_wait<1>();
@@ -181,10 +192,12 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // dQ = dS K: all queries by this warpgroup's 64 columns, over all keys; K is N-major.
-  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kScores], uint32_t ds_address) {
-    const uint64_t a = operand(ds_address);
-    const uint64_t b = operand(shared_address(shared_.k) + warpgroup_ * Traits::kKeyPanelBytes);
+  // dQ = dS K: this warpgroup's part, over all keys; K is N-major.
+  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kDq], uint32_t ds_address) {
+    const Part part(warpgroup_);
+    const uint64_t a = operand(ds_address + part.row * 128);
+    const uint64_t b =
+        operand(shared_address(shared_.k) + part.column / 64 * Traits::kKeyPanelBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kBlockN / 16; ++k) {
@@ -199,29 +212,32 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // Adds this warpgroup's columns of a query tile's dQ to the sums in memory.
-  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kScores], int64_t q_tile) {
-    float* const staged = shared_.dq + warpgroup_ * kDqFloats;
+  // Adds this warpgroup's part of a query tile's dQ to the sums in memory.
+  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kDq], int64_t q_tile) {
+    const Part part(warpgroup_);
+    float* const staged = shared_.dq + part.offset;
     store_accumulators(staged, dq);
     fence_async_proxy();
     if (threadIdx.x % 128 / 32 == 0) {
       named_barrier_sync(kDqBarrier + warpgroup_, 128);
       if (lane_ == 0)
-        add_floats(params_.dq_sum + q_tile * Traits::kDqFloats + warpgroup_ * kDqFloats, staged,
-                   kDqFloats * sizeof(float));
+        add_floats(params_.dq_sum + q_tile * Traits::kDqFloats + part.offset, staged,
+                   Part::kFloats * sizeof(float));
       __syncwarp();
     } else {
       named_barrier_arrive(kDqBarrier + warpgroup_, 128);
     }
   }
 
-  // P = exp2(S - LSE); 0 where a query does not see the key, whatever S is there.
+  // P = exp2(S - LSE), of accumulators kFirst to kEnd - 1; 0 where a query does not see the key,
+  // whatever S is there.
+  template <int kFirst, int kEnd>
   __device__ __forceinline__ void weights(uint32_t (&p)[kScores / 2], float (&s)[kScores],
                                           uint32_t stage, uint32_t n, const Step& step) {
     const float2* lse =
         reinterpret_cast<const float2*>(shared_.stats[stage][0]) + lane_ % 4;  // + 4 a chunk
 #pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 8; ++c) {
+    for (int c = kFirst / 4; c < kEnd / 4; ++c) {
       const float2 offset = lse[4 * c];
 #pragma unroll
       for (int i = 4 * c; i < 4 * c + 4; ++i)
@@ -235,7 +251,7 @@ class BwdMathWarpgroup {
         const int lo = seen.lo - column0;
         const int hi = seen.hi - column0;
 #pragma unroll
-        for (int c = 0; c < Traits::kBlockM / 8; ++c) {
+        for (int c = kFirst / 4; c < kEnd / 4; ++c) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& weight = s[4 * c + 2 * half + e];
@@ -245,7 +261,7 @@ class BwdMathWarpgroup {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    for (int i = kFirst / 2; i < kEnd / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
   // dS = P (dP - delta), from the rounded weights that dV sums too: they need half the registers.

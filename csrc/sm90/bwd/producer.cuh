@@ -11,7 +11,7 @@ namespace longgen::sm90 {
 constexpr int kLoaderBarrier = 1;
 constexpr int kFirstLoader = 32;  // the thread
 
-// Copies one tile of 64 query rows.
+// Copies one tile of query rows.
 template <typename Traits>
 __device__ __forceinline__ void copy_queries(const CUtensorMap& map, Mbarrier& done, uint8_t* tile,
                                              int row, int head, int batch) {
@@ -27,7 +27,7 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
                                                const CUtensorMap& dout_map,
                                                typename Traits::Shared& shared, const Item& item,
                                                int first, int last) {
-  Stream& stream = shared.stream;
+  auto& stream = shared.stream;
   uint32_t step = stream.step;
   for (int i = first; i < last; ++i, ++step) {
     const uint32_t q_stage = step % Traits::kQStages;
@@ -35,9 +35,8 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
     shared.q_empty[q_stage].wait((step / Traits::kQStages & 1) ^ 1);
     const int tile = stream.tiles.at(params.pattern, i);
     const int p_tile = (item.sequence.q_start & -Traits::kBlockM) + tile * Traits::kBlockM;
-    const bool masked = p_tile < item.all.lo || p_tile + Traits::kBlockM > item.all.hi;
     Step& info = shared.steps[q_stage];
-    info = {p_tile, stream.q_tile0 + tile, masked};
+    info = {p_tile, stream.q_tile0 + tile, item.masks(p_tile, Traits::kBlockM)};
     q_full.arrive_and_expect(Traits::kQueryBytes);
     copy_queries<Traits>(q_map, q_full, shared.q[q_stage], item.q_row(p_tile), stream.head,
                          item.sequence.batch);
@@ -59,13 +58,14 @@ template <typename Traits>
 __device__ void produce(const CUtensorMap& q_map, const CUtensorMap& dout_map,
                         typename Traits::Shared& shared) {
   const AttentionBwdParams& params = shared.params;
-  Stream& stream = shared.stream;
+  auto& stream = shared.stream;
   stream.step = 0;
   stream.next_item = atomicAdd(params.next_item, 1);
   for (stream.n = 0;; ++stream.n) {
     Item& item = shared.items[stream.n % 2];
     shared.item_empty[stream.n % 2].wait((stream.n / 2 & 1) ^ 1);
-    while (stream.next_item < params.plan.items && !find_item(params, stream.next_item, item))
+    while (stream.next_item < params.plan.items &&
+           !find_item<Traits::kBlockM>(params, stream.next_item, item))
       stream.next_item = atomicAdd(params.next_item, 1);
     item.stop = stream.next_item >= params.plan.items;
     shared.item_full[stream.n % 2].arrive();
@@ -75,8 +75,8 @@ __device__ void produce(const CUtensorMap& q_map, const CUtensorMap& dout_map,
     stream.skipped = item.first_step;
     stream.left = item.steps;
     while (stream.left > 0) {
-      stream.q_tile0 = first_query_tile(params, item.sequence, stream.head);
-      stream.tiles = query_tiles(params, item, stream.head);
+      stream.q_tile0 = first_query_tile<Traits::kBlockM>(params, item.sequence, stream.head);
+      stream.tiles = query_tiles<Traits::kBlockM>(params, item, stream.head);
       forget_registers();
       const int first = min(stream.skipped, stream.tiles.count());
       const int last = min(stream.tiles.count(), stream.skipped + stream.left);
@@ -105,9 +105,7 @@ __device__ __forceinline__ void list_rows(const PatternParams& pattern, const It
     rows[row] = {-1, {kBeyond, 0}};
     if (!item.keys.owns(row)) continue;
     const int position = item.keys.position(pattern, item.keys.column0 + row);
-    rows[row].row = item.k_row(position);
-    rows[row].seen = {pattern.causal ? position : -kBeyond,
-                      item.keys.seen_until(pattern, position)};
+    rows[row] = {item.k_row(position), item.keys.seen(pattern, position)};
     forget_registers();
   }
 }
