@@ -49,6 +49,12 @@ class BwdMathWarpgroup {
   }
 
  private:
+  // The same number, known to the compiler as the same in all lanes: descriptors of operands are
+  // arithmetic in uniform registers then, and matrix instructions stand close together.
+  __device__ __forceinline__ static uint32_t uniform(uint32_t x) {
+    return __shfl_sync(0xffffffff, x, 0);
+  }
+
   __device__ __forceinline__ void work(uint32_t n) {
     const Item& item = shared_.items[n % 2];
     const int steps = item.steps;
@@ -60,7 +66,7 @@ class BwdMathWarpgroup {
     if (steps > 0) {
       float s[kScores];
       uint32_t ds[kScores / 2] = {};
-      issue_scores(s, item, true);
+      issue_scores(s, item, step_, true);
       wgmma_wait<0>();
       for (int left = steps - 1; left >= 0; --left) {
         step(dk, dv, s, ds, n, left < steps - 1, left > 0);
@@ -122,18 +128,19 @@ class BwdMathWarpgroup {
     wgmma_wait<0>();
     keep(p);
     release(shared_.dout_empty[stage]);
-    ++step_;
-    issue_scores(s, item, more);
+    issue_scores(s, item, step_ + 1, more);
     if constexpr (Traits::kAddsDq) {
-      shared_.ds_full.wait((step_ - 1) & 1);
+      shared_.ds_full.wait(step_ & 1);
       float dq[kDq];
       issue_query_gradient(dq, ds_address);
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      step_ = uniform(step_ + 1);
       wgmma_wait<1>();
       pin(dq);
       add_query_gradient(dq, shared_.steps[q_stage].q_tile);
     } else {
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      step_ = uniform(step_ + 1);
       wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
     }
   }
@@ -149,11 +156,12 @@ class BwdMathWarpgroup {
     for (int i = 0; i < kScores / 2; ++i) asm volatile("" : "+r"(a[i])::"memory");
   }
 
-  // S^T = K Q^T of tile `step_`, when its queries are there.
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Item& item, bool exists) {
-    const uint32_t stage = step_ % Traits::kQStages;
+  // S^T = K Q^T of tile `step`, when its queries are there.
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Item& item, uint32_t step,
+                                               bool exists) {
+    const uint32_t stage = step % Traits::kQStages;
     if (exists) {
-      shared_.q_full[stage].wait(step_ / Traits::kQStages & 1);
+      shared_.q_full[stage].wait(step / Traits::kQStages & 1);
       clear_neighbours(shared_.q[stage], item, shared_.steps[stage].p_tile);
     }
     issue_transposed(s, shared_address(shared_.k), shared_address(shared_.q[stage]));
@@ -162,6 +170,9 @@ class BwdMathWarpgroup {
   // D = A B^T: this warpgroup's keys by all queries, over head_dim.
   __device__ __forceinline__ void issue_transposed(float (&d)[kScores], uint32_t keys,
                                                    uint32_t queries) {
+    // Opaque, or the compiler would compute all descriptors ahead of the branches before this, and
+    // keep them in registers of its own.
+    asm volatile("" : "+r"(keys));
     const uint64_t a = operand(keys + warpgroup_ * 64 * 128);
     const uint64_t b = operand(queries);
     wgmma_fence();
