@@ -25,17 +25,14 @@ class BwdMathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
   static constexpr int kGradients = Traits::kHeadDim / 2;
+  static constexpr bool kTwoTiles = Traits::kTwoTilesFit;
   using Part = DqPart<Traits::kHeadDim>;
   static constexpr int kDq = Part::kFloats / 128;
 
  public:
   __device__ BwdMathWarpgroup(const AttentionBwdParams& params, typename Traits::Shared& shared,
                               int warpgroup)
-      : params_(params),
-        shared_(shared),
-        warpgroup_(warpgroup),
-        lane_(threadIdx.x % 32),
-        key_row_(warpgroup * 64 + accumulator_row()) {}
+      : params_(params), shared_(shared), warpgroup_(warpgroup), lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
@@ -49,6 +46,20 @@ class BwdMathWarpgroup {
   }
 
  private:
+  // Of the warpgroup. Asked for anew each time, so that nothing that follows from it lives through
+  // the loop.
+  __device__ __forceinline__ static int thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread % 128;
+  }
+
+  // The first of this thread's two rows in the key tile.
+  __device__ __forceinline__ int key_row() const {
+    const int t = thread();
+    return warpgroup_ * 64 + t / 32 * 16 + t % 32 / 4;
+  }
+
   // The same number, known to the compiler as the same in all lanes: descriptors of operands are
   // arithmetic in uniform registers then, and matrix instructions stand close together.
   __device__ __forceinline__ static uint32_t uniform(uint32_t x) {
@@ -69,12 +80,11 @@ class BwdMathWarpgroup {
       issue_scores(s, item, step_, true);
       wgmma_wait<0>();
       for (int left = steps - 1; left >= 0; --left) {
-        step(dk, dv, s, ds, n, left < steps - 1, left > 0);
+        step(dk, dv, s, ds, n, left > 0);
       }
       wgmma_wait<0>();
       pin(dk);
       pin(dv);
-      release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
     }
     release(shared_.keys_empty);
     finish(n, dk, dv);
@@ -83,7 +93,7 @@ class BwdMathWarpgroup {
   // One query tile, whose scores are in flight or there.
   __device__ __forceinline__ void step(float (&dk)[kGradients], float (&dv)[kGradients],
                                        float (&s)[kScores], uint32_t (&ds)[kScores / 2], uint32_t n,
-                                       bool follows, bool more) {
+                                       bool more) {
     const Item& item = shared_.items[n % 2];
     const uint32_t q_stage = step_ % Traits::kQStages;
     const uint32_t stage = step_ % Traits::kDoutStages;
@@ -93,10 +103,10 @@ class BwdMathWarpgroup {
 
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    // dP follows the last tile's dK at once, or where its accumulators have no room beside dS, dK's
-    // operand, when dK is there: half of the scores are weighed in the meantime.
-    constexpr int kWeighed = Traits::kDpBesideDk ? 0 : kScores / 2;
-    if constexpr (Traits::kDpBesideDk) {
+    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there: half
+    // of the scores are weighed in the meantime.
+    constexpr int kWeighed = kTwoTiles ? 0 : kScores / 2;
+    if constexpr (kTwoTiles) {
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
       wgmma_wait<1>();
       pin(s);
@@ -106,29 +116,31 @@ class BwdMathWarpgroup {
       wgmma_wait<0>();
     }
     keep(ds);
-    if (follows) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
-    if constexpr (!Traits::kDpBesideDk)
+    if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    if constexpr (!kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
     weights<kWeighed, kScores>(p, s, stage, n, shared_.steps[q_stage]);
 
+    // dV, and as soon as there is room for them the next scores.
     issue_gradient(dv, p, shared_address(shared_.dout[stage]));
-    wgmma_wait<1>();
+    if constexpr (kTwoTiles) issue_scores(s, item, step_ + 1, more);
+    wgmma_wait<kTwoTiles ? 2 : 1>();
     pin(dp);
     score_gradients(ds, p, dp, shared_.stats[stage][1]);
+    store_score_gradients(ds, ds_address);
     if constexpr (Traits::kAddsDq) {
-      store_score_gradients(ds, ds_address);
       fence_async_proxy();
       // The last dQ has left its place in shared memory, when both warpgroups get past ds_full.
       if (threadIdx.x % 128 == 0) wait_for_reads();
       __syncwarp();
       release(shared_.ds_full);
-    } else {
-      anchor(ds);
     }
-    wgmma_wait<0>();
+    wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(p);
+    // Back from shared memory, into the registers that P had: there are none for both.
+    if constexpr (kTwoTiles) load_score_gradients(ds, ds_address);
     release(shared_.dout_empty[stage]);
-    issue_scores(s, item, step_ + 1, more);
+    if constexpr (!kTwoTiles) issue_scores(s, item, step_ + 1, more);
     if constexpr (Traits::kAddsDq) {
       shared_.ds_full.wait(step_ & 1);
       float dq[kDq];
@@ -258,7 +270,7 @@ class BwdMathWarpgroup {
       const int column0 = step.p_tile + lane_ % 4 * 2;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Run seen = shared_.rows[n % 2][key_row_ + 8 * half].seen;
+        const Run seen = shared_.rows[n % 2][key_row() + 8 * half].seen;
         const int lo = seen.lo - column0;
         const int hi = seen.hi - column0;
 #pragma unroll
@@ -291,31 +303,35 @@ class BwdMathWarpgroup {
     }
   }
 
-  // dS, queries by keys, this warpgroup's 64 keys in a panel of their own.
+  // dS, queries by keys, this warpgroup's 64 keys in a panel of their own. A thread's registers 4c
+  // to 4c + 3: queries 16c and 16c + 8, of each the two halves of the warp's 16 keys.
   __device__ __forceinline__ void store_score_gradients(const uint32_t (&ds)[kScores / 2],
                                                         uint32_t ds_address) {
-    // A thread's registers 4c to 4c + 3: queries 16c and 16c + 8, of each the two halves of the
-    // warp's 16 keys.
-    const int matrix = lane_ / 8;
-    const int query = matrix / 2 * 8 + lane_ % 8;
-    const int chunk = threadIdx.x % 128 / 32 * 2 + matrix % 2;
-    const uint32_t address =
-        ds_address + warpgroup_ * Traits::kQueryPanelBytes + query * 128 + (chunk ^ lane_ % 8) * 16;
+    const uint32_t address = score_gradients_address(ds_address);
 #pragma unroll
     for (int c = 0; c < Traits::kBlockM / 16; ++c)
       store_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
                        ds[4 * c + 3]);
+    __syncwarp();
   }
 
-  // dS is to be computed beside dV. The assembler sees no reason against waiting for dV first,
-  // except the order of memory accesses: so the end of dS becomes one, of a word that nobody reads.
-  __device__ __forceinline__ void anchor(const uint32_t (&ds)[kScores / 2]) {
-    uint32_t mixed = 0;
+  // What the same warp has stored.
+  __device__ __forceinline__ void load_score_gradients(uint32_t (&ds)[kScores / 2],
+                                                       uint32_t ds_address) {
+    const uint32_t address = score_gradients_address(ds_address);
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) mixed ^= ds[i];
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(shared_.ds) + threadIdx.x * 4),
-                 "r"(mixed)
-                 : "memory");
+    for (int c = 0; c < Traits::kBlockM / 16; ++c)
+      load_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
+                      ds[4 * c + 3]);
+  }
+
+  __device__ __forceinline__ uint32_t score_gradients_address(uint32_t ds_address) const {
+    const int t = thread();
+    const int matrix = t % 32 / 8;
+    const int query = matrix / 2 * 8 + t % 8;
+    const int chunk = t / 32 * 2 + matrix % 2;
+    return ds_address + warpgroup_ * Traits::kQueryPanelBytes + query * 128 +
+           (chunk ^ query % 8) * 16;
   }
 
   // In a packed batch a query tile may reach into other sequences, or into rows of none. What they
@@ -349,7 +365,7 @@ class BwdMathWarpgroup {
     T* dv_rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = shared_.rows[n % 2][key_row_ + 8 * half].row;
+      const int row = shared_.rows[n % 2][key_row() + 8 * half].row;
       const int64_t at = gradient_offset<Traits::kHeadDim>(params_, item, row);
       dk_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dk) + at;
       dv_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dv) + at;
@@ -362,7 +378,6 @@ class BwdMathWarpgroup {
   typename Traits::Shared& shared_;
   const int warpgroup_;
   const int lane_;
-  const int key_row_;  // first of this thread's two rows in the tile
   uint32_t step_ = 0;  // of the Q, dO and dS pipelines
 };
 

@@ -67,8 +67,9 @@ struct BwdTraits {
   static constexpr int kProducerRegisters = 24;
   static constexpr int kMathRegisters = 240;
   static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= 504);
-  // Whether a tile's scores and dP fit beside dS of the tile before, and all else.
-  static constexpr bool kDpBesideDk = kHeadDim + kBlockM + kBlockM / 4 + 24 <= kMathRegisters;
+  // Whether the scores of a tile fit beside dP of the tile before or after, its P or dS, and all
+  // else.
+  static constexpr bool kTwoTilesFit = kHeadDim + kBlockM + kBlockM / 4 + 24 <= kMathRegisters;
   // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr uint32_t kQueryPanelBytes = kBlockM * 128;
