@@ -103,23 +103,22 @@ class BwdMathWarpgroup {
 
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there: half
-    // of the scores are weighed in the meantime.
-    constexpr int kWeighed = kTwoTiles ? 0 : kScores / 2;
-    if constexpr (kTwoTiles) {
+    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there. Half
+    // of the scores are weighed beside dK: were it all of them, ptxas would find no registers for
+    // what is in flight.
+    constexpr int kBesideDk = kScores / 2;
+    if constexpr (kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-      wgmma_wait<1>();
-      pin(s);
-    } else {
-      pin(s);
-      weights<0, kWeighed>(p, s, stage, n, shared_.steps[q_stage]);
-      wgmma_wait<0>();
-    }
+    pin(s);
+    weigh<0, kBesideDk>(s, stage, n, shared_.steps[q_stage]);
+    wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(ds);
     if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
     if constexpr (!kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-    weights<kWeighed, kScores>(p, s, stage, n, shared_.steps[q_stage]);
+    weigh<kBesideDk, kScores>(s, stage, n, shared_.steps[q_stage]);
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
     // dV, and as soon as there is room for them the next scores.
     issue_gradient(dv, p, shared_address(shared_.dout[stage]));
@@ -252,11 +251,11 @@ class BwdMathWarpgroup {
     }
   }
 
-  // P = exp2(S - LSE), of accumulators kFirst to kEnd - 1; 0 where a query does not see the key,
-  // whatever S is there.
+  // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1; 0 where a query does not
+  // see the key, whatever S is there.
   template <int kFirst, int kEnd>
-  __device__ __forceinline__ void weights(uint32_t (&p)[kScores / 2], float (&s)[kScores],
-                                          uint32_t stage, uint32_t n, const Step& step) {
+  __device__ __forceinline__ void weigh(float (&s)[kScores], uint32_t stage, uint32_t n,
+                                        const Step& step) {
     const float2* lse =
         reinterpret_cast<const float2*>(shared_.stats[stage][0]) + lane_ % 4;  // + 4 a chunk
 #pragma unroll
@@ -283,8 +282,6 @@ class BwdMathWarpgroup {
         }
       }
     }
-#pragma unroll
-    for (int i = kFirst / 2; i < kEnd / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
   // dS = P (dP - delta), from the rounded weights that dV sums too: they need half the registers.
