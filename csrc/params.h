@@ -98,8 +98,9 @@ struct BwdPlan {
   int32_t key_slack;                  // packed: slots that a sequence has beyond its length
   int32_t chunks, chunk_steps;        // a global tile's query tiles are shared out in chunks
   int32_t global_items, items;
-  // Deterministic, dQ has a kernel of its own: tiles of 128 rows of a head, and keys in boxes.
-  int32_t row_tiles, row_items, log2_box;
+  int32_t log2_box;  // consecutive keys that the copy engine fetches at once
+  // Deterministic, dQ has a kernel of its own: tiles of 128 rows of a head.
+  int32_t row_tiles, row_items;
 };
 
 // Sizes in elements.

@@ -39,6 +39,9 @@ int walk(const AttentionBwdParams& params, int32_t* owned, int8_t* seen) {
       if (item.first_step == 0)
         ++owned[(batch * params.kv_heads + item.kv_head) * params.seqlen_k + k_rows[row]];
     }
+    const int box = 1 << params.plan.log2_box;
+    for (int row = 0; row < kKeyTile && item.keys.whole(); ++row)
+      if (row % box != 0 && k_rows[row] != k_rows[row - 1] + 1) return 5;  // no run of keys
     int head = item.kv_head * params.plan.group, skipped = item.first_step, left = item.steps;
     for (; left > 0; ++head) {
       if (head == (item.kv_head + 1) * params.plan.group) return 2;  // fewer steps than promised

@@ -44,6 +44,8 @@ struct KeyTile {
     return column0 + row >= lo && column0 + row < hi;
   }
 
+  __host__ __device__ __forceinline__ bool whole() const { return owns(0) && owns(kKeyTile - 1); }
+
   // Of a column that some tile owns.
   __host__ __device__ __forceinline__ int position(const PatternParams& pattern, int column) const {
     if (columns == Columns::kPositions) return column;
@@ -91,7 +93,7 @@ __host__ __device__ __forceinline__ Run seen_by_some(const PatternParams& patter
 // The positions from which every row of a tile is seen: none if a row is not the tile's own.
 __host__ __device__ __forceinline__ Run seen_by_all(const PatternParams& pattern,
                                                     const KeyTile& keys) {
-  if (!keys.owns(0) || !keys.owns(kKeyTile - 1)) return {kBeyond, 0};
+  if (!keys.whole()) return {kBeyond, 0};
   return {pattern.causal ? keys.last_position(pattern) : -kBeyond,
           keys.seen_until(pattern, keys.first_position(pattern))};
 }

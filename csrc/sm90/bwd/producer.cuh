@@ -10,6 +10,7 @@ namespace longgen::sm90 {
 
 constexpr int kLoaderBarrier = 1;
 constexpr int kFirstLoader = 32;  // the thread
+constexpr int kLog2SmallestBox = 4;
 
 // Copies one tile of query rows.
 template <typename Traits>
@@ -20,9 +21,9 @@ __device__ __forceinline__ void copy_queries(const CUtensorMap& map, Mbarrier& d
     copy_box(map, done, tile + panel * Traits::kQueryPanelBytes, panel * 64, row, head, batch);
 }
 
-// The query tiles `first` to `last` - 1 of the stream's head. Those of global keys from the last one
-// down: the items of a head, which start at different positions, then pass the same tiles at the
-// same time, and Q, dO and dQ's sums of many heads at once need not fit into L2.
+// The query tiles `first` to `last` - 1 of the stream's head. Those of global keys from the last
+// one down: the items of a head, which start at different positions, then pass the same tiles at
+// the same time, and Q, dO and dQ's sums of many heads at once need not fit into L2.
 template <typename Traits>
 __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
                                                const CUtensorMap& q_map,
@@ -133,10 +134,33 @@ __device__ __forceinline__ void load_rows(const void* data, const OutStrides& st
   }
 }
 
-// Threads kFirstLoader and following. Keys come one row at a time, from wherever they are; rows
-// that are not the tile's own become zeros.
+// The rows of a whole key tile, in boxes of consecutive positions: blocks, or parts of them. One
+// warp, before it arrives at keys_full.
 template <typename Traits>
-__device__ void load_keys(typename Traits::Shared& shared) {
+__device__ __forceinline__ void load_boxes(const AttentionBwdParams& params,
+                                           const CUtensorMap& k_map, const CUtensorMap& v_map,
+                                           const Item& item, typename Traits::Shared& shared) {
+  const int lane = loader_thread();
+  if (lane == 0) shared.keys_full.expect(2 * Traits::kKeyBytes);
+  __syncwarp();
+  const int log2_box = params.plan.log2_box;
+  const int boxes = Traits::kBlockN >> log2_box;
+  const int box = lane % boxes;
+  const int panel = lane / boxes % Traits::kPanels;
+  const int tensor = lane / boxes / Traits::kPanels;
+  if (tensor > 1) return;
+  const int position = item.keys.position(params.pattern, item.keys.column0 + (box << log2_box));
+  copy_box(tensor == 0 ? k_map : v_map, shared.keys_full,
+           (tensor == 0 ? shared.k : shared.v) + panel * Traits::kKeyPanelBytes +
+               (box << log2_box) * 128,
+           panel * 64, item.k_row(position), item.kv_head, item.sequence.batch);
+}
+
+// Threads kFirstLoader and following. Keys come in boxes, or where blocks are small or rows not the
+// tile's own, one row at a time, from wherever they are; rows that are not its own become zeros.
+template <typename Traits>
+__device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
+                          typename Traits::Shared& shared) {
   const AttentionBwdParams& params = shared.params;
   while (true) {
     const uint32_t n = shared.loads[loader_thread() / 32];
@@ -147,11 +171,15 @@ __device__ void load_keys(typename Traits::Shared& shared) {
     named_barrier_sync(kLoaderBarrier, Traits::kLoaderThreads);
 
     shared.keys_empty.wait((n & 1) ^ 1);
-    load_rows<Traits>(params.k, params.k_strides, item, shared.rows[n % 2], shared.k);
-    forget_registers();
-    load_rows<Traits>(params.v, params.v_strides, item, shared.rows[n % 2], shared.v);
-    wait_for_copies();
-    fence_async_proxy();
+    if (params.plan.log2_box >= kLog2SmallestBox && item.keys.whole()) {
+      if (loader_thread() < 32) load_boxes<Traits>(params, k_map, v_map, item, shared);
+    } else {
+      load_rows<Traits>(params.k, params.k_strides, item, shared.rows[n % 2], shared.k);
+      forget_registers();
+      load_rows<Traits>(params.v, params.v_strides, item, shared.rows[n % 2], shared.v);
+      wait_for_copies();
+      fence_async_proxy();
+    }
     shared.keys_full.arrive();
     __syncwarp();
     if (loader_thread() % 32 == 0) {
