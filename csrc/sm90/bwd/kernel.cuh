@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       shared.item_full[slot].init(1);
       shared.item_empty[slot].init(Traits::kMathWarps + kLoaderWarps);
     }
-    shared.keys_full.init(Traits::kLoaderThreads);
+    shared.k_full.init(Traits::kLoaderThreads);
+    shared.v_full.init(Traits::kLoaderThreads);
     shared.keys_empty.init(Traits::kMathWarps);
     for (int stage = 0; stage < Traits::kQStages; ++stage) {
       shared.q_full[stage].init(1);

@@ -73,11 +73,12 @@ class BwdMathWarpgroup {
 #pragma unroll
     for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
 
-    shared_.keys_full.wait(n & 1);
+    shared_.k_full.wait(n & 1);
     if (steps > 0) {
       float s[kScores];
       uint32_t ds[kScores / 2] = {};
       issue_scores(s, item, step_, true);
+      shared_.v_full.wait(n & 1);
       wgmma_wait<0>();
       for (int left = steps - 1; left >= 0; --left) {
         step(dk, dv, s, ds, n, left > 0);
@@ -85,6 +86,8 @@ class BwdMathWarpgroup {
       wgmma_wait<0>();
       pin(dk);
       pin(dv);
+    } else {
+      shared_.v_full.wait(n & 1);
     }
     release(shared_.keys_empty);
     finish(n, dk, dv);

@@ -135,13 +135,16 @@ __device__ __forceinline__ void load_rows(const void* data, const OutStrides& st
 }
 
 // The rows of a whole key tile, in boxes of consecutive positions: blocks, or parts of them. One
-// warp, before it arrives at keys_full.
+// warp, before it arrives at k_full and v_full.
 template <typename Traits>
 __device__ __forceinline__ void load_boxes(const AttentionBwdParams& params,
                                            const CUtensorMap& k_map, const CUtensorMap& v_map,
                                            const Item& item, typename Traits::Shared& shared) {
   const int lane = loader_thread();
-  if (lane == 0) shared.keys_full.expect(2 * Traits::kKeyBytes);
+  if (lane == 0) {
+    shared.k_full.expect(Traits::kKeyBytes);
+    shared.v_full.expect(Traits::kKeyBytes);
+  }
   __syncwarp();
   const int log2_box = params.plan.log2_box;
   const int boxes = Traits::kBlockN >> log2_box;
@@ -150,7 +153,7 @@ __device__ __forceinline__ void load_boxes(const AttentionBwdParams& params,
   const int tensor = lane / boxes / Traits::kPanels;
   if (tensor > 1) return;
   const int position = item.keys.position(params.pattern, item.keys.column0 + (box << log2_box));
-  copy_box(tensor == 0 ? k_map : v_map, shared.keys_full,
+  copy_box(tensor == 0 ? k_map : v_map, tensor == 0 ? shared.k_full : shared.v_full,
            (tensor == 0 ? shared.k : shared.v) + panel * Traits::kKeyPanelBytes +
                (box << log2_box) * 128,
            panel * 64, item.k_row(position), item.kv_head, item.sequence.batch);
@@ -180,7 +183,8 @@ __device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
       wait_for_copies();
       fence_async_proxy();
     }
-    shared.keys_full.arrive();
+    shared.k_full.arrive();
+    shared.v_full.arrive();
     __syncwarp();
     if (loader_thread() % 32 == 0) {
       shared.loads[loader_thread() / 32] = n + 1;

@@ -97,7 +97,7 @@ struct BwdTraits {
     uint32_t loads[kLoaderThreads / 32];  // of items, by each of these warps
     AttentionBwdParams params;  // for the producer: what follows from them it is to compute anew
     Mbarrier item_full[2], item_empty[2];
-    Mbarrier keys_full, keys_empty;
+    Mbarrier k_full, v_full, keys_empty;
     Mbarrier q_full[kQStages], q_empty[kQStages];
     Mbarrier dout_full[kDoutStages], dout_empty[kDoutStages];
     Mbarrier ds_full;
