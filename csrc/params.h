@@ -93,13 +93,14 @@ struct AttentionFwdParams {
 // keys, the longest, then the others; each by head, and packed, by slot (see packed_sequence).
 struct BwdPlan {
   int32_t group;                      // query heads of a KV head
-  int32_t q_tiles;                    // of 64 rows, of a head; packed, slots
+  int32_t q_tiles;                    // of a head; packed, slots
   int32_t global_slots, local_slots;  // key tiles of a head
   int32_t key_slack;                  // packed: slots that a sequence has beyond its length
   int32_t chunks, chunk_steps;        // a global tile's query tiles are shared out in chunks
   int32_t global_items, items;
-  // Deterministic, dQ has a kernel of its own: tiles of 128 rows of a head, and keys in boxes.
-  int32_t row_tiles, row_items, log2_box;
+  int32_t log2_box;  // consecutive keys that the copy engine fetches at once
+  // Deterministic, dQ has a kernel of its own: tiles of 128 rows of a head.
+  int32_t row_tiles, row_items;
 };
 
 // Sizes in elements.
@@ -133,8 +134,8 @@ struct AttentionBwdParams {
   int32_t multiprocessors;  // of the device
   int32_t deterministic;    // every sum in one order
   // Workspaces, written before they are read.
-  float* stats;        // (heads and query tiles, 2, 64): LSE in base 2, then delta
-  float* dq_sum;       // (heads and query tiles, 64 * head_dim), as accumulators lie; nullptr if
+  float* stats;        // (heads and query tiles, 2, rows of a tile): LSE in base 2, then delta
+  float* dq_sum;       // (heads and query tiles, 2, 64 * 64), as accumulators lie; nullptr if
                        // deterministic
   float* partials;     // (global items, 2, 128 * head_dim), likewise; nullptr without chunks
   int32_t* next_item;  // (1,)

@@ -4,28 +4,18 @@
 #include <vector>
 
 #include "attention/box_tiles.cuh"
+#include "host_pattern.cuh"
 #include "sm90/work.cuh"
 
 using namespace longgen;
 
 // Adds to seen[r, j] how often row r of the 128-row tile at p_tile, which holds queries p_first to
-// p_last, is shown the key j of positions k_start to k_start + k_len - 1. `code` is PatternParams
-// in order, without its pointers. Returns 0, or what is wrong.
+// p_last, is shown the key j of positions k_start to k_start + k_len - 1. Returns 0, or what
+// is wrong.
 extern "C" int enumerate(const int32_t* code, const int32_t* mask_rows, int log2_box, int p_tile,
                          int p_first, int p_last, int k_start, int k_len, int head, int heads,
                          int32_t* seen) {
-  PatternParams pattern{};
-  pattern.causal = code[0];
-  pattern.window_kind = static_cast<Window>(code[1]);
-  pattern.window = code[2];
-  pattern.sink = code[3];
-  pattern.stride = code[4];
-  pattern.log2_block = code[5];
-  pattern.phase_step = code[6];
-  pattern.phase_offset = code[7];
-  pattern.mask_heads = code[8];
-  pattern.mask_q_blocks = code[9];
-  pattern.mask_rows = mask_rows;
+  const PatternParams pattern = decode(code, mask_rows, nullptr);
   const KeyBoxes boxes(pattern, log2_box, p_first, p_last, k_start, k_start + k_len, head, heads,
                        head);
   if (boxes.empty()) return 0;

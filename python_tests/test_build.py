@@ -187,7 +187,11 @@ def hopper_kernels(name: str) -> list[str]:
         capture_output=True,
         text=True,
     ).stdout
-    return [text for text in sass.split("Function : ")[1:] if name in text.split("\n", 1)[0]]
+    return [text for text in sass.split("Function : ")[1:] if name in name_of(text)]
+
+
+def name_of(kernel: str) -> str:
+    return kernel.split("\n", 1)[0]
 
 
 @needs_extension
@@ -213,27 +217,40 @@ def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
 def test_hopper_backward_overlaps_arithmetic_with_matrix_products() -> None:
     """What a thread computes while products are in flight is not moved behind a wait for them."""
     kernels = hopper_kernels("attn_bwd_kernel")
-    assert len(kernels) == 4  # of each dtype one that adds up dQ and, for deterministic gradients, one that does not
+    # Of each dtype and head_dim one that adds up dQ and, for deterministic gradients, one that does not.
+    assert sum("Li64E" in name_of(text) for text in kernels) == sum("Li128E" in name_of(text) for text in kernels) == 4
+    assert sum("UBLKRED" in text for text in kernels) == 4
     for text in kernels:
         adds_dq = "UBLKRED" in text
-        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)
-        # First scores; then a tile's scores, dP, dV and dQ (or the next scores); then the last dK.
-        assert waits[1::2] == ["0x0", "0x1", "0x1", "0x0", "0x1", "0x0"]
+        waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", text)
         products = [part.count("HGMMA") for part in waits[::2]]
-        assert products == [8, 8, 4, 0, 20 if adds_dq else 12, 0, 0]
-        assert waits[4].count("MUFU.EX2") == 32  # beside dP
-        assert waits[6].count("F2FP") == 16  # dS, beside dV
-        assert waits[6].count("STSM") == (4 if adds_dq else 0)
-    assert sum("UBLKRED" in text for text in kernels) == 2
+        assert sum(part.count("R2UR") for part in waits[2:-1:2]) < 20  # descriptors live in uniform registers
+        if "Li128E" in name_of(text):
+            # First scores; then a tile's scores, dP, dV and dQ (or the next scores); then the last dK.
+            assert waits[1::2] == ["0x0", "0x1", "0x2", "0x1", "0x1", "0x0"]
+            assert products == [8, 8, 12, 0, 12 if adds_dq else 4, 0, 0]
+            assert waits[2].count("MUFU.EX2") == 16  # beside the last tile's dK
+            assert waits[4].count("MUFU.EX2") == 16  # beside dP
+            assert waits[6].count("F2FP") == 16  # dS, beside dV and the next scores
+            assert waits[6].count("STSM") == 4
+        else:
+            # First scores; then the last tile's dK, a tile's dP, dV and dQ (or the next scores); then the last dK.
+            assert waits[1::2] == ["0x0", "0x0", "0x1", "0x0", "0x1", "0x0"]
+            assert products == [4, 0, 12, 0, 20 if adds_dq else 12, 0, 0]
+            assert waits[2].count("MUFU.EX2") == 32  # beside the last tile's dK
+            assert waits[4].count("MUFU.EX2") == 32  # beside dP
+            assert waits[6].count("F2FP") == 32  # dS, beside dV
+            assert waits[6].count("STSM") == 8
 
 
 @needs_extension
 def test_hopper_deterministic_dq_overlaps_arithmetic_with_matrix_products() -> None:
     kernels = hopper_kernels("bwd_dq_rows_kernel")
-    assert len(kernels) == 2
+    assert len(kernels) == 4
     for text in kernels:
+        transposed = 8 if "Li128E" in name_of(text) else 4  # scores or dP: head_dim / 16
         waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[01])", text)
         assert waits[1::2] == ["0x0", "0x1", "0x1", "0x1", "0x0"]
-        assert [part.count("HGMMA") for part in waits[::2]] == [8, 8, 8, 4, 0, 0]
+        assert [part.count("HGMMA") for part in waits[::2]] == [transposed, transposed, transposed, 4, 0, 0]
         assert waits[4].count("MUFU.EX2") == 32  # beside dP
         assert waits[6].count("F2FP") == 16  # dS, beside the next scores

@@ -62,49 +62,60 @@ def check(case: Case, launches: list[None], *, deterministic: bool = False) -> N
     assert_as_accurate_as_plain_pytorch(got, inputs)
 
 
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 128])
+
+
+@HEAD_DIMS
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 @pytest.mark.parametrize("case", named_cases(), ids=str)
-def test_named_case(case: Case, dtype: torch.dtype, deterministic: bool, launches: list[None], poison: object) -> None:
-    case = case.at(dtype, 128)
+def test_named_case(
+    case: Case, dtype: torch.dtype, deterministic: bool, head_dim: int, launches: list[None], poison: object
+) -> None:
+    case = case.at(dtype, head_dim)
     if not takes(case, deterministic):
         pytest.skip("not for this kernel")
     check(case, launches, deterministic=deterministic)
 
 
+@HEAD_DIMS
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize("kind", patterns_of_every_kind(SIZE))
 def test_every_kind_of_pattern(
-    kind: str, is_packed: bool, deterministic: bool, launches: list[None], poison: object
+    kind: str, is_packed: bool, deterministic: bool, head_dim: int, launches: list[None], poison: object
 ) -> None:
     pattern = patterns_of_every_kind(SIZE)[kind]
     heads = {"q_heads": 4, "kv_heads": 2}
     case = dense(kind, pattern, 2 * SIZE + 9, 3 * SIZE + 9, batch=2, **heads)
     if is_packed:
         case = packed(kind, pattern, (SIZE + 9, 5, 2 * SIZE), (SIZE + 9, 3 * SIZE, 7), **heads)
-    check(case.at(BF16, 128), launches, deterministic=deterministic)
+    check(case.at(BF16, head_dim), launches, deterministic=deterministic)
 
 
+@HEAD_DIMS
 @pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
-def test_lengths_around_the_ends_of_tiles(kind: str, launches: list[None], poison: object) -> None:
+def test_lengths_around_the_ends_of_tiles(kind: str, head_dim: int, launches: list[None], poison: object) -> None:
     pattern = patterns_of_every_kind(SIZE)[kind]
     near = [tile + d for tile in (32, 64, 128, 256, 1024) for d in (-1, 0, 1)] + [1, 1500]
     for seqlen_q, seqlen_k in zip(near, near[5:] + near[:5], strict=True):
-        check(dense("ragged", pattern, seqlen_q, seqlen_k, q_heads=4, kv_heads=2).at(BF16, 128), launches)
-    check(packed("all", pattern, tuple(near), q_heads=4, kv_heads=2).at(BF16, 128), launches)
+        check(dense("ragged", pattern, seqlen_q, seqlen_k, q_heads=4, kv_heads=2).at(BF16, head_dim), launches)
+    check(packed("all", pattern, tuple(near), q_heads=4, kv_heads=2).at(BF16, head_dim), launches)
 
 
+@HEAD_DIMS
 @pytest.mark.parametrize("kind", ["sink and window", "strided blocks with per-head phases", "stride of one"])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_global_keys_of_few_heads_are_divided(kind: str, kv_heads: int, launches: list[None], poison: object) -> None:
+def test_global_keys_of_few_heads_are_divided(
+    kind: str, kv_heads: int, head_dim: int, launches: list[None], poison: object
+) -> None:
     """A whole GPU for one or two heads: the long tiles' queries are shared out in chunks."""
     from longgen_kernels import _C
 
     pattern = patterns_of_every_kind(SIZE)[kind]
-    case = dense("few heads", pattern, 4096 + 9, batch=1, q_heads=2, kv_heads=kv_heads).at(BF16, 128)
+    case = dense("few heads", pattern, 4096 + 9, batch=1, q_heads=2, kv_heads=kv_heads).at(BF16, head_dim)
     sizes = {"batch": 1, "seqlen_q": case.seqlens_q[0], "seqlen_k": case.seqlens_k[0], "q_start": 0, "k_start": 0}
-    heads = {"q_heads": 2, "kv_heads": kv_heads, "head_dim": 128}
+    heads = {"q_heads": 2, "kv_heads": kv_heads, "head_dim": head_dim}
     counts = _C.attn_bwd_sm90_workspace(
         pattern=pattern.encode(), **sizes, **heads, packed=False, deterministic=False, multiprocessors=132
     )  # fmt: skip
@@ -112,11 +123,14 @@ def test_global_keys_of_few_heads_are_divided(kind: str, kv_heads: int, launches
     check(case, launches)
 
 
+SHAPES = [(BF16, 128, 1), (HALF, 64, 4), (BF16, 64, 2), (HALF, 128, 4), (BF16, 128, 2), (BF16, 64, 1)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @settings(max_examples=128, print_blob=True)  # times 8 kinds
 def test_random_cases(kind: str, launches: list[None], data: st.DataObject) -> None:
-    case = data.draw(random_cases(kind, [(BF16, 128, 1), (HALF, 128, 4), (BF16, 128, 2)], longest=600))
+    case = data.draw(random_cases(kind, SHAPES, longest=600))
     deterministic = data.draw(st.booleans())
     if takes(case, deterministic):
         check(case, launches, deterministic=deterministic)
@@ -127,9 +141,9 @@ def test_random_cases(kind: str, launches: list[None], data: st.DataObject) -> N
 PATTERN = A.strided(4, 128, window=200, sink=9)
 
 
-def leaves(seqlen: int = 700) -> tuple[list[Tensor], Tensor]:
+def leaves(seqlen: int = 700, head_dim: int = 128) -> tuple[list[Tensor], Tensor]:
     """q, k and v that want a gradient, and a gradient of the output."""
-    q, k, v, dout = (torch.randn(1, seqlen, heads, 128, dtype=BF16, device="cuda") for heads in (4, 2, 2, 4))
+    q, k, v, dout = (torch.randn(1, seqlen, heads, head_dim, dtype=BF16, device="cuda") for heads in (4, 2, 2, 4))
     return [x.requires_grad_() for x in (q, k, v)], dout
 
 
@@ -147,15 +161,17 @@ def assert_equal_but_for_the_order_of_dq(got: tuple[Tensor, ...], want: tuple[Te
     assert torch.equal(got[2], want[2])
 
 
-def test_dk_and_dv_are_bitwise_equal_run_to_run(poison: object) -> None:
-    inputs, dout = leaves(6000)
+@HEAD_DIMS
+def test_dk_and_dv_are_bitwise_equal_run_to_run(head_dim: int, poison: object) -> None:
+    inputs, dout = leaves(6000, head_dim)
     first = gradients(attention, inputs, dout)
     for _ in range(50):
         assert_equal_but_for_the_order_of_dq(gradients(attention, inputs, dout), first)
 
 
-def test_deterministic_gradients_are_bitwise_equal_run_to_run(poison: object) -> None:
-    inputs, dout = leaves(6000)
+@HEAD_DIMS
+def test_deterministic_gradients_are_bitwise_equal_run_to_run(head_dim: int, poison: object) -> None:
+    inputs, dout = leaves(6000, head_dim)
     first = gradients(functools.partial(attention, deterministic=True), inputs, dout)
     assert_equal_but_for_the_order_of_dq(gradients(attention, inputs, dout), first)
     for _ in range(50):

@@ -3,48 +3,24 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from attention_cases import A, patterns_of_every_kind, random_mask
+from host_library import NVCC, address, code, compile_for_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longgen_kernels import AttentionPattern, BlockMask
 
-ROOT = Path(__file__).parent.parent
 TILE = 128
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc, which compiles csrc for the CPU")
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("enumeration") / "enumeration.so"
-    source = ROOT / "python_tests" / "key_enumeration.cu"
-    flags = ["-std=c++17", "-O2", "-shared", "-Xcompiler", "-fPIC", "-arch", "sm_80", f"-I{ROOT / 'csrc'}"]
-    subprocess.run([str(NVCC), *flags, "-o", str(target), str(source)], check=True)
-    return ctypes.CDLL(str(target))
-
-
-def code(pattern: AttentionPattern | BlockMask) -> list[int]:
-    """PatternParams, in its order."""
-    log2_block = (pattern.block_size or 1).bit_length() - 1
-    if isinstance(pattern, BlockMask):
-        return [int(pattern.is_causal), 0, 0, 0, 0, log2_block, 0, 0, pattern.heads, pattern.q_blocks]
-    kind = 0 if pattern.is_dense else 1 if pattern.window is not None else 2
-    window = (pattern.window if kind == 1 else pattern.window_blocks) or 0
-    stride = pattern.stride or 0
-    phases = [pattern.head_phase_step % stride, pattern.head_phase_offset % stride] if stride else [0, 0]
-    return [int(pattern.is_causal), kind, window, pattern.sink, stride, log2_block, *phases, 0, 0]
-
-
-def address(x: np.ndarray | None) -> ctypes.c_void_p | None:
-    return None if x is None else x.ctypes.data_as(ctypes.c_void_p)
+    return compile_for_host("key_enumeration.cu", tmp_path_factory.mktemp("enumeration"))
 
 
 def check(
@@ -61,7 +37,7 @@ def check(
     heads = pattern.heads if isinstance(pattern, BlockMask) else 3
     has_blocks = is_mask or pattern.stride
     box = min(TILE, page_size, pattern.block_size or TILE) if has_blocks else min(TILE, page_size)
-    numbers = np.array(code(pattern), dtype=np.int32)
+    numbers = code(pattern)
     rows = pattern.rows.numpy() if isinstance(pattern, BlockMask) else None
     q_pos, k_pos = torch.arange(q_start, q_start + seqlen_q), torch.arange(k_start, k_start + seqlen_k)
     for head in range(heads):

@@ -18,7 +18,6 @@ namespace longgen {
 constexpr int kBeyond = 1 << 30;
 
 constexpr int kKeyTile = 128;
-constexpr int kQueryTile = 64;
 
 // The thread that looks for tiles has few registers: what lies in memory it is to read again.
 __host__ __device__ __forceinline__ void forget_registers() { asm volatile("" ::: "memory"); }
@@ -44,6 +43,8 @@ struct KeyTile {
   __host__ __device__ __forceinline__ bool owns(int row) const {
     return column0 + row >= lo && column0 + row < hi;
   }
+
+  __host__ __device__ __forceinline__ bool whole() const { return owns(0) && owns(kKeyTile - 1); }
 
   // Of a column that some tile owns.
   __host__ __device__ __forceinline__ int position(const PatternParams& pattern, int column) const {
@@ -74,6 +75,11 @@ struct KeyTile {
       end = ((j >> pattern.log2_block) + pattern.window) << pattern.log2_block;
     return end < kBeyond ? end : kBeyond;
   }
+
+  // The queries that see the key at position j.
+  __host__ __device__ __forceinline__ Run seen(const PatternParams& pattern, int j) const {
+    return {pattern.causal ? j : -kBeyond, seen_until(pattern, j)};
+  }
 };
 
 // The queries, of those at positions q_start to q_end - 1, that see some key of a tile.
@@ -87,7 +93,7 @@ __host__ __device__ __forceinline__ Run seen_by_some(const PatternParams& patter
 // The positions from which every row of a tile is seen: none if a row is not the tile's own.
 __host__ __device__ __forceinline__ Run seen_by_all(const PatternParams& pattern,
                                                     const KeyTile& keys) {
-  if (!keys.owns(0) || !keys.owns(kKeyTile - 1)) return {kBeyond, 0};
+  if (!keys.whole()) return {kBeyond, 0};
   return {pattern.causal ? keys.last_position(pattern) : -kBeyond,
           keys.seen_until(pattern, keys.first_position(pattern))};
 }
@@ -162,6 +168,7 @@ class KeyTiles {
 
 // The query tiles that see a key tile: a run, or the column of a block mask. Tiles are aligned to
 // positions, also below 0, and numbered from the one that holds the sequence's first query.
+template <int kQueryTile>
 class QueryTiles {
  public:
   // Queries stand at positions q_start and up; `seen` says which of them see a key of the tile,
@@ -210,7 +217,7 @@ class QueryTiles {
   __host__ __device__ __forceinline__ int at(const PatternParams& pattern, int index) const {
     index += first_;
     if (pattern.mask_cols == nullptr) return index;
-    constexpr int kLog2Tile = 6;
+    constexpr int kLog2Tile = kQueryTile == 64 ? 6 : 7;
     static_assert(1 << kLog2Tile == kQueryTile);
     const int log2_per_block = pattern.log2_block - kLog2Tile;
     const int block = pattern.mask_cols[entry_ + (index >> log2_per_block)];

@@ -30,6 +30,14 @@ struct Mbarrier {
         : "memory");
   }
 
+  // Announces `bytes` of bulk copies, which the phase waits for; the caller arrives later.
+  __device__ __forceinline__ void expect(uint32_t bytes) {
+    asm volatile(
+        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
+  }
+
   // Waits until the phase of this parity is complete.
   __device__ __forceinline__ void wait(uint32_t parity) {
     asm volatile(

@@ -14,24 +14,36 @@ namespace sm90 {
 template <typename T, int kHeadDim>
 void launch_attn_bwd(AttentionBwdParams params);
 
+extern template void launch_attn_bwd<__half, 64>(AttentionBwdParams);
 extern template void launch_attn_bwd<__half, 128>(AttentionBwdParams);
+extern template void launch_attn_bwd<__nv_bfloat16, 64>(AttentionBwdParams);
 extern template void launch_attn_bwd<__nv_bfloat16, 128>(AttentionBwdParams);
+
+void check_head_dim(const AttentionBwdParams& params) {
+  if (params.head_dim != 64 && params.head_dim != 128)
+    throw std::invalid_argument("head_dim is " + std::to_string(params.head_dim) +
+                                "; the kernel was built for 64 and 128");
+}
+
+template <typename T>
+void launch(const AttentionBwdParams& params) {
+  return params.head_dim == 64 ? launch_attn_bwd<T, 64>(params) : launch_attn_bwd<T, 128>(params);
+}
 
 }  // namespace sm90
 
 BwdWorkspace attn_bwd_sm90_workspace(const AttentionBwdParams& params) {
+  sm90::check_head_dim(params);
   return sm90::workspace(params, sm90::make_plan(params));
 }
 
 void attn_bwd_sm90(const AttentionBwdParams& params) {
-  if (params.head_dim != 128)
-    throw std::invalid_argument("head_dim is " + std::to_string(params.head_dim) +
-                                "; the kernel was built for 128");
+  sm90::check_head_dim(params);
   switch (params.dtype) {
     case DType::kFloat16:
-      return sm90::launch_attn_bwd<__half, 128>(params);
+      return sm90::launch<__half>(params);
     case DType::kBFloat16:
-      return sm90::launch_attn_bwd<__nv_bfloat16, 128>(params);
+      return sm90::launch<__nv_bfloat16>(params);
     default:
       throw std::invalid_argument("the kernel takes float16 and bfloat16");
   }

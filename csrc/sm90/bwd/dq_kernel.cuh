@@ -21,6 +21,7 @@ struct DqTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 128;  // two math warpgroups of 64 queries
   static constexpr int kBlockN = 64;   // so that a tile's scores and the next one's fit
+  static constexpr int kQueryBox = query_rows(kHeadDim);  // rows that the copy engine fetches
   // K is held from the scores of its tile, issued a tile ahead, to its dQ; V for one tile.
   static constexpr int kKStages = 4;
   static constexpr int kVStages = 3;
@@ -94,12 +95,12 @@ __device__ void produce_keys(const AttentionBwdParams& params, const CUtensorMap
     shared.queries_empty.wait(queries_phase ^ 1);
     if (lane == 0) shared.queries_full.arrive_and_expect(2 * Traits::kQueryBytes);
     __syncwarp();
-    // Lane l copies half l / kPanels (of 64 rows) of panel l % kPanels.
-    if (lane < 2 * Traits::kPanels) {
-      const int half = lane / Traits::kPanels;
+    // Lane l copies box l / kPanels of panel l % kPanels.
+    if (lane < Traits::kBlockM / Traits::kQueryBox * Traits::kPanels) {
+      const int first = lane / Traits::kPanels * Traits::kQueryBox;
       const int panel = lane % Traits::kPanels;
-      const int row = work.q_row0 + work.p_tile - work.q_start + half * 64;
-      const int offset = panel * Traits::kQueryPanelBytes + half * 64 * 128;
+      const int row = work.q_row0 + work.p_tile - work.q_start + first;
+      const int offset = panel * Traits::kQueryPanelBytes + first * 128;
       copy_box(q_map, shared.queries_full, shared.q + offset, panel * 64, row, work.head,
                work.batch);
       copy_box(dout_map, shared.queries_full, shared.dout + offset, panel * 64, row, work.head,
@@ -224,18 +225,19 @@ class DqMathWarpgroup {
   // Of this thread's two rows; an LSE of +inf for those that do not exist.
   __device__ __forceinline__ void find_statistics(const Work& work, int p0, float (&lse)[2],
                                                   float (&delta)[2]) {
-    const int tile0 = first_query_tile(params_, work, work.head);
+    constexpr int kRows = query_rows(Traits::kHeadDim);  // of the statistics' tiles
+    const int tile0 = first_query_tile<kRows>(params_, work, work.head);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int p = p0 + 8 * half;
       lse[half] = INFINITY;
       delta[half] = 0.f;
       if (p < work.q_start || p >= work.q_start + work.q_len) continue;
-      const int tile = tile0 + (p - (work.q_start & -kQueryTile)) / kQueryTile;
+      const int tile = tile0 + (p - (work.q_start & -kRows)) / kRows;
       const float* stats =
-          params_.stats + static_cast<int64_t>(tile) * 2 * kQueryTile + (p & (kQueryTile - 1));
+          params_.stats + static_cast<int64_t>(tile) * 2 * kRows + (p & (kRows - 1));
       lse[half] = stats[0];
-      delta[half] = stats[kQueryTile];
+      delta[half] = stats[kRows];
     }
   }
 

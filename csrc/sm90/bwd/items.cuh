@@ -8,6 +8,9 @@
 
 namespace longgen::sm90 {
 
+// Rows of a query tile: as many as make its dQ two parts of 64 x 64, one for each math warpgroup.
+__host__ __device__ constexpr int query_rows(int head_dim) { return 2 * 64 * 64 / head_dim; }
+
 struct Item {
   KeyTile keys;
   Sequence sequence;
@@ -22,6 +25,10 @@ struct Item {
   __host__ __device__ __forceinline__ int q_end() const {
     return sequence.q_start + sequence.q_len;
   }
+  // Whether some pair of the key tile and `rows` queries from p_tile on is not visible.
+  __host__ __device__ __forceinline__ bool masks(int p_tile, int rows) const {
+    return p_tile < all.lo || p_tile + rows > all.hi;
+  }
   // Rows in the tensors of the token at a position.
   __host__ __device__ __forceinline__ int k_row(int position) const {
     return sequence.k_row0 - sequence.k_start + position;
@@ -32,6 +39,7 @@ struct Item {
 };
 
 // The number, among all heads' query tiles, of tile 0 of a sequence and head.
+template <int kQueryTile>
 __host__ __device__ __forceinline__ int first_query_tile(const AttentionBwdParams& params,
                                                          const Sequence& sequence, int head) {
   const int slot =
@@ -39,14 +47,16 @@ __host__ __device__ __forceinline__ int first_query_tile(const AttentionBwdParam
   return (sequence.batch * params.q_heads + head) * params.plan.q_tiles + slot;
 }
 
-__host__ __device__ __forceinline__ QueryTiles query_tiles(const AttentionBwdParams& params,
-                                                           const Item& item, int head) {
-  return QueryTiles(params.pattern, item.some, item.j_first, item.sequence.q_start, head,
-                    params.q_heads);
+template <int kQueryTile>
+__host__ __device__ __forceinline__ QueryTiles<kQueryTile> query_tiles(
+    const AttentionBwdParams& params, const Item& item, int head) {
+  return QueryTiles<kQueryTile>(params.pattern, item.some, item.j_first, item.sequence.q_start,
+                                head, params.q_heads);
 }
 
 // The key tile in slot `slot` of the global or local ones, with all its steps. Returns whether it
 // exists.
+template <int kQueryTile>
 __host__ __device__ inline bool find_key_tile(const AttentionBwdParams& params, bool global,
                                               int slot, int kv_head, int batch, Item& item) {
   item.kv_head = kv_head;
@@ -69,7 +79,8 @@ __host__ __device__ inline bool find_key_tile(const AttentionBwdParams& params, 
   const bool alike = params.pattern.mask_cols == nullptr;
   item.steps = 0;
   for (int member = 0; member < (alike ? 1 : params.plan.group); ++member) {
-    item.steps += query_tiles(params, item, item.kv_head * params.plan.group + member).count();
+    const int head = item.kv_head * params.plan.group + member;
+    item.steps += query_tiles<kQueryTile>(params, item, head).count();
     forget_registers();
   }
   if (alike) item.steps *= params.plan.group;
@@ -77,6 +88,7 @@ __host__ __device__ inline bool find_key_tile(const AttentionBwdParams& params, 
 }
 
 // Item `index`. Returns whether it exists.
+template <int kQueryTile>
 __host__ __device__ inline bool find_item(const AttentionBwdParams& params, int index, Item& item) {
   const BwdPlan& plan = params.plan;
   const bool global = index < plan.global_items;
@@ -92,7 +104,8 @@ __host__ __device__ inline bool find_item(const AttentionBwdParams& params, int 
     item.partial = index;
   }
   if (global) rest /= plan.chunks;
-  if (!find_key_tile(params, global, slot, rest % params.kv_heads, rest / params.kv_heads, item))
+  if (!find_key_tile<kQueryTile>(params, global, slot, rest % params.kv_heads,
+                                 rest / params.kv_heads, item))
     return false;
   if (item.partial < 0) return true;
   const int left = item.steps - item.first_step;

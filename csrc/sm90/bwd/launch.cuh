@@ -36,10 +36,14 @@ void launch_attn_bwd(AttentionBwdParams params) {
     return tensor_map(data, params.dtype, {kHeadDim, rows, heads, batch},
                       {strides.seqlen, strides.head, strides.batch}, box_rows);
   };
-  const CUtensorMap q =
-      map(params.q, params.seqlen_q, params.q_heads, params.q_strides, kQueryTile);
+  constexpr int kRows = query_rows(kHeadDim);
+  const CUtensorMap q = map(params.q, params.seqlen_q, params.q_heads, params.q_strides, kRows);
   const CUtensorMap dout =
-      map(params.dout, params.seqlen_q, params.q_heads, params.dout_strides, kQueryTile);
+      map(params.dout, params.seqlen_q, params.q_heads, params.dout_strides, kRows);
+
+  const int box = 1 << plan.log2_box;
+  const CUtensorMap k = map(params.k, params.seqlen_k, params.kv_heads, params.k_strides, box);
+  const CUtensorMap v = map(params.v, params.seqlen_k, params.kv_heads, params.v_strides, box);
 
   const dim3 query_grid(plan.q_tiles, params.q_heads, batch);
   bwd_rows_kernel<T, kHeadDim><<<query_grid, 256, 0, params.stream>>>(params);
@@ -47,20 +51,18 @@ void launch_attn_bwd(AttentionBwdParams params) {
 
   if (params.deterministic) {
     using KeyTraits = BwdTraits<T, kHeadDim, false>;
-    launch_persistent<KeyTraits>(attn_bwd_kernel<KeyTraits>, plan.items, params, params, q, dout);
+    launch_persistent<KeyTraits>(attn_bwd_kernel<KeyTraits>, plan.items, params, params, q, dout, k,
+                                 v);
     LONGGEN_CHECK_LAUNCH("attn_bwd_kernel");
     using RowTraits = DqTraits<T, kHeadDim>;
-    const int box = 1 << plan.log2_box;
-    const CUtensorMap k = map(params.k, params.seqlen_k, params.kv_heads, params.k_strides, box);
-    const CUtensorMap v = map(params.v, params.seqlen_k, params.kv_heads, params.v_strides, box);
     launch_persistent<RowTraits>(bwd_dq_rows_kernel<RowTraits>, plan.row_items, params, params, q,
                                  dout, k, v);
     LONGGEN_CHECK_LAUNCH("bwd_dq_rows_kernel");
   } else {
     using Traits = BwdTraits<T, kHeadDim, true>;
-    launch_persistent<Traits>(attn_bwd_kernel<Traits>, plan.items, params, params, q, dout);
+    launch_persistent<Traits>(attn_bwd_kernel<Traits>, plan.items, params, params, q, dout, k, v);
     LONGGEN_CHECK_LAUNCH("attn_bwd_kernel");
-    bwd_dq_kernel<T, kHeadDim><<<query_grid, kHeadDim * 2, 0, params.stream>>>(params);
+    bwd_dq_kernel<T, kHeadDim><<<query_grid, 256, 0, params.stream>>>(params);
     LONGGEN_CHECK_LAUNCH("bwd_dq_kernel");
   }
   if (plan.chunks > 1) {

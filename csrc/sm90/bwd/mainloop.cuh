@@ -1,4 +1,4 @@
-// A math warpgroup: dK and dV of 64 keys, and 64 columns of dQ of every query tile that passes.
+// A math warpgroup: dK and dV of 64 keys, and 64 x 64 of dQ of every query tile that passes.
 //
 // Scores are computed transposed, keys by queries: P and dS then lie in registers as dV += P^T dO
 // and dK += dS^T Q want them, and only dQ = dS K needs dS in shared memory. Always some matrix
@@ -25,16 +25,14 @@ class BwdMathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
   static constexpr int kGradients = Traits::kHeadDim / 2;
-  static constexpr int kDqFloats = 64 * 64;  // of a warpgroup
+  static constexpr bool kTwoTiles = Traits::kTwoTilesFit;
+  using Part = DqPart<Traits::kHeadDim>;
+  static constexpr int kDq = Part::kFloats / 128;
 
  public:
   __device__ BwdMathWarpgroup(const AttentionBwdParams& params, typename Traits::Shared& shared,
                               int warpgroup)
-      : params_(params),
-        shared_(shared),
-        warpgroup_(warpgroup),
-        lane_(threadIdx.x % 32),
-        key_row_(warpgroup * 64 + accumulator_row()) {}
+      : params_(params), shared_(shared), warpgroup_(warpgroup), lane_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
@@ -48,6 +46,26 @@ class BwdMathWarpgroup {
   }
 
  private:
+  // Of the warpgroup. Asked for anew each time, so that nothing that follows from it lives through
+  // the loop.
+  __device__ __forceinline__ static int thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread % 128;
+  }
+
+  // The first of this thread's two rows in the key tile.
+  __device__ __forceinline__ int key_row() const {
+    const int t = thread();
+    return warpgroup_ * 64 + t / 32 * 16 + t % 32 / 4;
+  }
+
+  // The same number, known to the compiler as the same in all lanes: descriptors of operands are
+  // arithmetic in uniform registers then, and matrix instructions stand close together.
+  __device__ __forceinline__ static uint32_t uniform(uint32_t x) {
+    return __shfl_sync(0xffffffff, x, 0);
+  }
+
   __device__ __forceinline__ void work(uint32_t n) {
     const Item& item = shared_.items[n % 2];
     const int steps = item.steps;
@@ -55,19 +73,21 @@ class BwdMathWarpgroup {
 #pragma unroll
     for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
 
-    shared_.keys_full.wait(n & 1);
+    shared_.k_full.wait(n & 1);
     if (steps > 0) {
       float s[kScores];
       uint32_t ds[kScores / 2] = {};
-      issue_scores(s, item, true);
+      issue_scores(s, item, step_, true);
+      shared_.v_full.wait(n & 1);
       wgmma_wait<0>();
       for (int left = steps - 1; left >= 0; --left) {
-        step(dk, dv, s, ds, n, left < steps - 1, left > 0);
+        step(dk, dv, s, ds, n, left > 0);
       }
       wgmma_wait<0>();
       pin(dk);
       pin(dv);
-      release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    } else {
+      shared_.v_full.wait(n & 1);
     }
     release(shared_.keys_empty);
     finish(n, dk, dv);
@@ -76,7 +96,7 @@ class BwdMathWarpgroup {
   // One query tile, whose scores are in flight or there.
   __device__ __forceinline__ void step(float (&dk)[kGradients], float (&dv)[kGradients],
                                        float (&s)[kScores], uint32_t (&ds)[kScores / 2], uint32_t n,
-                                       bool follows, bool more) {
+                                       bool more) {
     const Item& item = shared_.items[n % 2];
     const uint32_t q_stage = step_ % Traits::kQStages;
     const uint32_t stage = step_ % Traits::kDoutStages;
@@ -84,45 +104,57 @@ class BwdMathWarpgroup {
     uint32_t p[kScores / 2];
     float dp[kScores];
 
-    // Scores are there when this tile's dP is the only product in flight; so is the last tile's dK.
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-    wgmma_wait<1>();
+    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there. Half
+    // of the scores are weighed beside dK: were it all of them, ptxas would find no registers for
+    // what is in flight.
+    constexpr int kBesideDk = kScores / 2;
+    if constexpr (kTwoTiles)
+      issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
     pin(s);
+    weigh<0, kBesideDk>(s, stage, n, shared_.steps[q_stage]);
+    wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(ds);
-    if (follows) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
-    weights(p, s, stage, n, shared_.steps[q_stage]);
+    if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    if constexpr (!kTwoTiles)
+      issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
+    weigh<kBesideDk, kScores>(s, stage, n, shared_.steps[q_stage]);
+#pragma unroll
+    for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
+    // dV, and as soon as there is room for them the next scores.
     issue_gradient(dv, p, shared_address(shared_.dout[stage]));
-    wgmma_wait<1>();
+    if constexpr (kTwoTiles) issue_scores(s, item, step_ + 1, more);
+    wgmma_wait<kTwoTiles ? 2 : 1>();
     pin(dp);
     score_gradients(ds, p, dp, shared_.stats[stage][1]);
+    store_score_gradients(ds, ds_address);
     if constexpr (Traits::kAddsDq) {
-      store_score_gradients(ds, ds_address);
       fence_async_proxy();
       // The last dQ has left its place in shared memory, when both warpgroups get past ds_full.
       if (threadIdx.x % 128 == 0) wait_for_reads();
       __syncwarp();
       release(shared_.ds_full);
-    } else {
-      anchor(ds);
     }
-    wgmma_wait<0>();
+    wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(p);
+    // Back from shared memory, into the registers that P had: there are none for both.
+    if constexpr (kTwoTiles) load_score_gradients(ds, ds_address);
     release(shared_.dout_empty[stage]);
-    ++step_;
-    issue_scores(s, item, more);
+    if constexpr (!kTwoTiles) issue_scores(s, item, step_ + 1, more);
     if constexpr (Traits::kAddsDq) {
-      shared_.ds_full.wait((step_ - 1) & 1);
-      float dq[kScores];
+      shared_.ds_full.wait(step_ & 1);
+      float dq[kDq];
       issue_query_gradient(dq, ds_address);
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      step_ = uniform(step_ + 1);
       wgmma_wait<1>();
       pin(dq);
       add_query_gradient(dq, shared_.steps[q_stage].q_tile);
     } else {
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
+      step_ = uniform(step_ + 1);
       wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
     }
   }
@@ -138,11 +170,12 @@ class BwdMathWarpgroup {
     for (int i = 0; i < kScores / 2; ++i) asm volatile("" : "+r"(a[i])::"memory");
   }
 
-  // S^T = K Q^T of tile `step_`, when its queries are there.
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Item& item, bool exists) {
-    const uint32_t stage = step_ % Traits::kQStages;
+  // S^T = K Q^T of tile `step`, when its queries are there.
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Item& item, uint32_t step,
+                                               bool exists) {
+    const uint32_t stage = step % Traits::kQStages;
     if (exists) {
-      shared_.q_full[stage].wait(step_ / Traits::kQStages & 1);
+      shared_.q_full[stage].wait(step / Traits::kQStages & 1);
       clear_neighbours(shared_.q[stage], item, shared_.steps[stage].p_tile);
     }
     issue_transposed(s, shared_address(shared_.k), shared_address(shared_.q[stage]));
@@ -151,6 +184,9 @@ class BwdMathWarpgroup {
   // D = A B^T: this warpgroup's keys by all queries, over head_dim.
   __device__ __forceinline__ void issue_transposed(float (&d)[kScores], uint32_t keys,
                                                    uint32_t queries) {
+    // Opaque, or the compiler would compute all descriptors ahead of the branches before this, and
+    // keep them in registers of its own.
+    asm volatile("" : "+r"(keys));
     const uint64_t a = operand(keys + warpgroup_ * 64 * 128);
     const uint64_t b = operand(queries);
     wgmma_fence();
@@ -181,10 +217,12 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // dQ = dS K: all queries by this warpgroup's 64 columns, over all keys; K is N-major.
-  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kScores], uint32_t ds_address) {
-    const uint64_t a = operand(ds_address);
-    const uint64_t b = operand(shared_address(shared_.k) + warpgroup_ * Traits::kKeyPanelBytes);
+  // dQ = dS K: this warpgroup's part, over all keys; K is N-major.
+  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kDq], uint32_t ds_address) {
+    const Part part(warpgroup_);
+    const uint64_t a = operand(ds_address + part.row * 128);
+    const uint64_t b =
+        operand(shared_address(shared_.k) + part.column / 64 * Traits::kKeyPanelBytes);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kBlockN / 16; ++k) {
@@ -199,29 +237,32 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // Adds this warpgroup's columns of a query tile's dQ to the sums in memory.
-  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kScores], int64_t q_tile) {
-    float* const staged = shared_.dq + warpgroup_ * kDqFloats;
+  // Adds this warpgroup's part of a query tile's dQ to the sums in memory.
+  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kDq], int64_t q_tile) {
+    const Part part(warpgroup_);
+    float* const staged = shared_.dq + part.offset;
     store_accumulators(staged, dq);
     fence_async_proxy();
     if (threadIdx.x % 128 / 32 == 0) {
       named_barrier_sync(kDqBarrier + warpgroup_, 128);
       if (lane_ == 0)
-        add_floats(params_.dq_sum + q_tile * Traits::kDqFloats + warpgroup_ * kDqFloats, staged,
-                   kDqFloats * sizeof(float));
+        add_floats(params_.dq_sum + q_tile * Traits::kDqFloats + part.offset, staged,
+                   Part::kFloats * sizeof(float));
       __syncwarp();
     } else {
       named_barrier_arrive(kDqBarrier + warpgroup_, 128);
     }
   }
 
-  // P = exp2(S - LSE); 0 where a query does not see the key, whatever S is there.
-  __device__ __forceinline__ void weights(uint32_t (&p)[kScores / 2], float (&s)[kScores],
-                                          uint32_t stage, uint32_t n, const Step& step) {
+  // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1; 0 where a query does not
+  // see the key, whatever S is there.
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ void weigh(float (&s)[kScores], uint32_t stage, uint32_t n,
+                                        const Step& step) {
     const float2* lse =
         reinterpret_cast<const float2*>(shared_.stats[stage][0]) + lane_ % 4;  // + 4 a chunk
 #pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 8; ++c) {
+    for (int c = kFirst / 4; c < kEnd / 4; ++c) {
       const float2 offset = lse[4 * c];
 #pragma unroll
       for (int i = 4 * c; i < 4 * c + 4; ++i)
@@ -231,11 +272,11 @@ class BwdMathWarpgroup {
       const int column0 = step.p_tile + lane_ % 4 * 2;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Run seen = shared_.rows[n % 2][key_row_ + 8 * half].seen;
+        const Run seen = shared_.rows[n % 2][key_row() + 8 * half].seen;
         const int lo = seen.lo - column0;
         const int hi = seen.hi - column0;
 #pragma unroll
-        for (int c = 0; c < Traits::kBlockM / 8; ++c) {
+        for (int c = kFirst / 4; c < kEnd / 4; ++c) {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             float& weight = s[4 * c + 2 * half + e];
@@ -244,8 +285,6 @@ class BwdMathWarpgroup {
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
   // dS = P (dP - delta), from the rounded weights that dV sums too: they need half the registers.
@@ -264,31 +303,35 @@ class BwdMathWarpgroup {
     }
   }
 
-  // dS, queries by keys, this warpgroup's 64 keys in a panel of their own.
+  // dS, queries by keys, this warpgroup's 64 keys in a panel of their own. A thread's registers 4c
+  // to 4c + 3: queries 16c and 16c + 8, of each the two halves of the warp's 16 keys.
   __device__ __forceinline__ void store_score_gradients(const uint32_t (&ds)[kScores / 2],
                                                         uint32_t ds_address) {
-    // A thread's registers 4c to 4c + 3: queries 16c and 16c + 8, of each the two halves of the
-    // warp's 16 keys.
-    const int matrix = lane_ / 8;
-    const int query = matrix / 2 * 8 + lane_ % 8;
-    const int chunk = threadIdx.x % 128 / 32 * 2 + matrix % 2;
-    const uint32_t address =
-        ds_address + warpgroup_ * Traits::kQueryPanelBytes + query * 128 + (chunk ^ lane_ % 8) * 16;
+    const uint32_t address = score_gradients_address(ds_address);
 #pragma unroll
     for (int c = 0; c < Traits::kBlockM / 16; ++c)
       store_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
                        ds[4 * c + 3]);
+    __syncwarp();
   }
 
-  // dS is to be computed beside dV. The assembler sees no reason against waiting for dV first,
-  // except the order of memory accesses: so the end of dS becomes one, of a word that nobody reads.
-  __device__ __forceinline__ void anchor(const uint32_t (&ds)[kScores / 2]) {
-    uint32_t mixed = 0;
+  // What the same warp has stored.
+  __device__ __forceinline__ void load_score_gradients(uint32_t (&ds)[kScores / 2],
+                                                       uint32_t ds_address) {
+    const uint32_t address = score_gradients_address(ds_address);
 #pragma unroll
-    for (int i = 0; i < kScores / 2; ++i) mixed ^= ds[i];
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(shared_address(shared_.ds) + threadIdx.x * 4),
-                 "r"(mixed)
-                 : "memory");
+    for (int c = 0; c < Traits::kBlockM / 16; ++c)
+      load_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
+                      ds[4 * c + 3]);
+  }
+
+  __device__ __forceinline__ uint32_t score_gradients_address(uint32_t ds_address) const {
+    const int t = thread();
+    const int matrix = t % 32 / 8;
+    const int query = matrix / 2 * 8 + t % 8;
+    const int chunk = t / 32 * 2 + matrix % 2;
+    return ds_address + warpgroup_ * Traits::kQueryPanelBytes + query * 128 +
+           (chunk ^ query % 8) * 16;
   }
 
   // In a packed batch a query tile may reach into other sequences, or into rows of none. What they
@@ -322,7 +365,7 @@ class BwdMathWarpgroup {
     T* dv_rows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = shared_.rows[n % 2][key_row_ + 8 * half].row;
+      const int row = shared_.rows[n % 2][key_row() + 8 * half].row;
       const int64_t at = gradient_offset<Traits::kHeadDim>(params_, item, row);
       dk_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dk) + at;
       dv_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dv) + at;
@@ -335,7 +378,6 @@ class BwdMathWarpgroup {
   typename Traits::Shared& shared_;
   const int warpgroup_;
   const int lane_;
-  const int key_row_;  // first of this thread's two rows in the tile
   uint32_t step_ = 0;  // of the Q, dO and dS pipelines
 };
 

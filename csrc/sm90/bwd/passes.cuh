@@ -9,6 +9,7 @@
 namespace longgen::sm90 {
 
 // A query tile in the grid (tiles, query heads, batch) of the passes over queries.
+template <int kRows>
 struct QueryTile {
   Sequence sequence;
   int index;   // among all heads' query tiles
@@ -18,8 +19,8 @@ struct QueryTile {
       : index((blockIdx.z * params.q_heads + blockIdx.y) * params.plan.q_tiles + blockIdx.x) {
     int tile = blockIdx.x;
     sequence = params.cu_seqlens_q == nullptr ? dense_sequence(params, blockIdx.z)
-                                              : packed_sequence<true>(params, kQueryTile, 2, tile);
-    p_tile = (sequence.q_start & -kQueryTile) + tile * kQueryTile;
+                                              : packed_sequence<true>(params, kRows, 2, tile);
+    p_tile = (sequence.q_start & -kRows) + tile * kRows;
   }
 
   // Row `row` of the tile as a row of the tensor, or -1.
@@ -34,13 +35,14 @@ struct QueryTile {
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(256)
     bwd_rows_kernel(const __grid_constant__ AttentionBwdParams params) {
+  constexpr int kRows = query_rows(kHeadDim);
   constexpr int kChunks = kHeadDim / 8;  // threads a row
-  const QueryTile tile(params);
+  const QueryTile<kRows> tile(params);
   const int head = blockIdx.y;
   const int chunk = threadIdx.x % kChunks;
-  float* const stats = params.stats + static_cast<int64_t>(tile.index) * 2 * kQueryTile;
+  float* const stats = params.stats + static_cast<int64_t>(tile.index) * 2 * kRows;
 #pragma unroll
-  for (int first = 0; first < kQueryTile; first += 256 / kChunks) {
+  for (int first = 0; first < kRows; first += 256 / kChunks) {
     const int row = first + threadIdx.x / kChunks;
     const int q_row = tile.tensor_row(row);
     float delta = 0.f;
@@ -70,34 +72,35 @@ __global__ void __launch_bounds__(256)
     }
     const bool blind = lse == -INFINITY;  // the gradient of such an LSE is often NaN
     stats[row] = blind ? INFINITY : lse * 1.4426950408889634f;
-    stats[kQueryTile + row] = blind ? 0.f : delta;
+    stats[kRows + row] = blind ? 0.f : delta;
   }
   if (threadIdx.x == 0 && tile.index == 0) *params.next_item = 0;
   if (params.dq_sum == nullptr) return;
   float4* const dq_sum = reinterpret_cast<float4*>(params.dq_sum) +
-                         static_cast<int64_t>(tile.index) * kQueryTile * kHeadDim / 4;
+                         static_cast<int64_t>(tile.index) * kRows * kHeadDim / 4;
 #pragma unroll
-  for (int i = threadIdx.x; i < kQueryTile * kHeadDim / 4; i += 256)
+  for (int i = threadIdx.x; i < kRows * kHeadDim / 4; i += 256)
     dq_sum[i] = float4{0.f, 0.f, 0.f, 0.f};
 }
 
 // dQ as a tensor.
 template <typename T, int kHeadDim>
-__global__ void __launch_bounds__(kHeadDim * 2)
+__global__ void __launch_bounds__(256)
     bwd_dq_kernel(const __grid_constant__ AttentionBwdParams params) {
-  const QueryTile tile(params);
-  const int part = threadIdx.x / 128;  // of 64 columns
-  float dq[32] = {};
+  constexpr int kRows = query_rows(kHeadDim);
+  const QueryTile<kRows> tile(params);
+  const DqPart<kHeadDim> part(threadIdx.x / 128);
+  float dq[DqPart<kHeadDim>::kFloats / 128] = {};
   add_accumulators(
-      params.dq_sum + (static_cast<int64_t>(tile.index) * kHeadDim + part * 64) * kQueryTile, dq);
+      params.dq_sum + static_cast<int64_t>(tile.index) * kRows * kHeadDim + part.offset, dq);
   T* rows[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int q_row = tile.tensor_row(accumulator_row() + 8 * half);
+    const int q_row = tile.tensor_row(part.row + accumulator_row() + 8 * half);
     const int64_t row =
         (static_cast<int64_t>(tile.sequence.batch) * params.seqlen_q + q_row) * params.q_heads +
         blockIdx.y;
-    rows[half] = q_row < 0 ? nullptr : static_cast<T*>(params.dq) + row * kHeadDim + part * 64;
+    rows[half] = q_row < 0 ? nullptr : static_cast<T*>(params.dq) + row * kHeadDim + part.column;
   }
   store_rows(rows[0], rows[1], dq, params.softmax_scale);
 }
@@ -109,7 +112,8 @@ __global__ void __launch_bounds__(256)
     bwd_chunks_kernel(const __grid_constant__ AttentionBwdParams params) {
   const BwdPlan& plan = params.plan;
   Item item;
-  if (!find_key_tile(params, true, blockIdx.x, blockIdx.y, blockIdx.z, item)) return;
+  if (!find_key_tile<query_rows(kHeadDim)>(params, true, blockIdx.x, blockIdx.y, blockIdx.z, item))
+    return;
   const int chunks = max((item.steps + plan.chunk_steps - 1) / plan.chunk_steps, 1);
   const int warpgroup = threadIdx.x / 128;
   const int64_t first = (static_cast<int64_t>(blockIdx.z) * params.kv_heads + blockIdx.y) *

@@ -13,6 +13,7 @@ constexpr int kShortestChunk = 16;
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The steps of all items of a dense batch, from a few of each class of head 0.
+template <int kQueryTile>
 int64_t estimated_steps(const AttentionBwdParams& params) {
   int64_t total = 0;
   for (const bool global : {true, false}) {
@@ -22,16 +23,15 @@ int64_t estimated_steps(const AttentionBwdParams& params) {
     for (int i = 0; i < samples; ++i) {
       Item item;
       const int slot = static_cast<int>((2 * i + 1) * static_cast<int64_t>(slots) / (2 * samples));
-      if (find_key_tile(params, global, slot, 0, 0, item)) steps += item.steps;
+      if (find_key_tile<kQueryTile>(params, global, slot, 0, 0, item)) steps += item.steps;
     }
     if (samples > 0) total += steps * slots / samples;
   }
   return total * params.batch * params.kv_heads;
 }
 
-}  // namespace
-
-BwdPlan make_plan(AttentionBwdParams params) {
+template <int kQueryTile>
+BwdPlan plan_tiles(AttentionBwdParams params) {
   const PatternParams& pattern = params.pattern;
   const bool packed = params.cu_seqlens_q != nullptr;
   BwdPlan& plan = params.plan;
@@ -58,7 +58,7 @@ BwdPlan make_plan(AttentionBwdParams params) {
     // have no global tiles, and their lists are on the device.
     if (plan.global_slots > 0 && plan.q_tiles > 0) {
       const int64_t longest = static_cast<int64_t>(plan.group) * plan.q_tiles;
-      const int64_t share = estimated_steps(params) / params.multiprocessors;
+      const int64_t share = estimated_steps<kQueryTile>(params) / params.multiprocessors;
       plan.chunk_steps =
           static_cast<int>(std::min(longest, std::max<int64_t>(share / 2, kShortestChunk)));
       plan.chunks = static_cast<int>((longest + plan.chunk_steps - 1) / plan.chunk_steps);
@@ -77,13 +77,20 @@ BwdPlan make_plan(AttentionBwdParams params) {
   return plan;
 }
 
+}  // namespace
+
+BwdPlan make_plan(const AttentionBwdParams& params) {
+  return params.head_dim == 64 ? plan_tiles<query_rows(64)>(params)
+                               : plan_tiles<query_rows(128)>(params);
+}
+
 BwdWorkspace workspace(const AttentionBwdParams& params, const BwdPlan& plan) {
   const int64_t batch = params.cu_seqlens_q != nullptr ? 1 : params.batch;
-  const int64_t q_tiles = batch * params.q_heads * plan.q_tiles;
-  return {
-      q_tiles * 2 * kQueryTile, params.deterministic ? 0 : q_tiles * kQueryTile * params.head_dim,
-      plan.chunks == 1 ? 0
-                       : static_cast<int64_t>(plan.global_items) * 2 * kKeyTile * params.head_dim};
+  const int64_t rows = batch * params.q_heads * plan.q_tiles * query_rows(params.head_dim);
+  return {rows * 2, params.deterministic ? 0 : rows * params.head_dim,
+          plan.chunks == 1
+              ? 0
+              : static_cast<int64_t>(plan.global_items) * 2 * kKeyTile * params.head_dim};
 }
 
 }  // namespace longgen::sm90

@@ -5,7 +5,7 @@
 
 namespace longgen::sm90 {
 
-BwdPlan make_plan(AttentionBwdParams params);
+BwdPlan make_plan(const AttentionBwdParams& params);
 BwdWorkspace workspace(const AttentionBwdParams& params, const BwdPlan& plan);
 
 }  // namespace longgen::sm90

@@ -10,8 +10,9 @@ namespace longgen::sm90 {
 
 constexpr int kLoaderBarrier = 1;
 constexpr int kFirstLoader = 32;  // the thread
+constexpr int kLog2SmallestBox = 4;
 
-// Copies one tile of 64 query rows.
+// Copies one tile of query rows.
 template <typename Traits>
 __device__ __forceinline__ void copy_queries(const CUtensorMap& map, Mbarrier& done, uint8_t* tile,
                                              int row, int head, int batch) {
@@ -20,24 +21,26 @@ __device__ __forceinline__ void copy_queries(const CUtensorMap& map, Mbarrier& d
     copy_box(map, done, tile + panel * Traits::kQueryPanelBytes, panel * 64, row, head, batch);
 }
 
-// The query tiles `first` to `last` - 1 of the stream's head.
+// The query tiles `first` to `last` - 1 of the stream's head. Those of global keys from the last
+// one down: the items of a head, which start at different positions, then pass the same tiles at
+// the same time, and Q, dO and dQ's sums of many heads at once need not fit into L2.
 template <typename Traits>
 __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
                                                const CUtensorMap& q_map,
                                                const CUtensorMap& dout_map,
                                                typename Traits::Shared& shared, const Item& item,
                                                int first, int last) {
-  Stream& stream = shared.stream;
+  auto& stream = shared.stream;
   uint32_t step = stream.step;
   for (int i = first; i < last; ++i, ++step) {
     const uint32_t q_stage = step % Traits::kQStages;
     Mbarrier& q_full = shared.q_full[q_stage];
     shared.q_empty[q_stage].wait((step / Traits::kQStages & 1) ^ 1);
-    const int tile = stream.tiles.at(params.pattern, i);
+    const int place = item.keys.global ? stream.tiles.count() - 1 - i : i;
+    const int tile = stream.tiles.at(params.pattern, place);
     const int p_tile = (item.sequence.q_start & -Traits::kBlockM) + tile * Traits::kBlockM;
-    const bool masked = p_tile < item.all.lo || p_tile + Traits::kBlockM > item.all.hi;
     Step& info = shared.steps[q_stage];
-    info = {p_tile, stream.q_tile0 + tile, masked};
+    info = {p_tile, stream.q_tile0 + tile, item.masks(p_tile, Traits::kBlockM)};
     q_full.arrive_and_expect(Traits::kQueryBytes);
     copy_queries<Traits>(q_map, q_full, shared.q[q_stage], item.q_row(p_tile), stream.head,
                          item.sequence.batch);
@@ -59,13 +62,14 @@ template <typename Traits>
 __device__ void produce(const CUtensorMap& q_map, const CUtensorMap& dout_map,
                         typename Traits::Shared& shared) {
   const AttentionBwdParams& params = shared.params;
-  Stream& stream = shared.stream;
+  auto& stream = shared.stream;
   stream.step = 0;
   stream.next_item = atomicAdd(params.next_item, 1);
   for (stream.n = 0;; ++stream.n) {
     Item& item = shared.items[stream.n % 2];
     shared.item_empty[stream.n % 2].wait((stream.n / 2 & 1) ^ 1);
-    while (stream.next_item < params.plan.items && !find_item(params, stream.next_item, item))
+    while (stream.next_item < params.plan.items &&
+           !find_item<Traits::kBlockM>(params, stream.next_item, item))
       stream.next_item = atomicAdd(params.next_item, 1);
     item.stop = stream.next_item >= params.plan.items;
     shared.item_full[stream.n % 2].arrive();
@@ -75,8 +79,8 @@ __device__ void produce(const CUtensorMap& q_map, const CUtensorMap& dout_map,
     stream.skipped = item.first_step;
     stream.left = item.steps;
     while (stream.left > 0) {
-      stream.q_tile0 = first_query_tile(params, item.sequence, stream.head);
-      stream.tiles = query_tiles(params, item, stream.head);
+      stream.q_tile0 = first_query_tile<Traits::kBlockM>(params, item.sequence, stream.head);
+      stream.tiles = query_tiles<Traits::kBlockM>(params, item, stream.head);
       forget_registers();
       const int first = min(stream.skipped, stream.tiles.count());
       const int last = min(stream.tiles.count(), stream.skipped + stream.left);
@@ -105,9 +109,7 @@ __device__ __forceinline__ void list_rows(const PatternParams& pattern, const It
     rows[row] = {-1, {kBeyond, 0}};
     if (!item.keys.owns(row)) continue;
     const int position = item.keys.position(pattern, item.keys.column0 + row);
-    rows[row].row = item.k_row(position);
-    rows[row].seen = {pattern.causal ? position : -kBeyond,
-                      item.keys.seen_until(pattern, position)};
+    rows[row] = {item.k_row(position), item.keys.seen(pattern, position)};
     forget_registers();
   }
 }
@@ -132,10 +134,36 @@ __device__ __forceinline__ void load_rows(const void* data, const OutStrides& st
   }
 }
 
-// Threads kFirstLoader and following. Keys come one row at a time, from wherever they are; rows
-// that are not the tile's own become zeros.
+// The rows of a whole key tile, in boxes of consecutive positions: blocks, or parts of them. One
+// warp, before it arrives at k_full and v_full.
 template <typename Traits>
-__device__ void load_keys(typename Traits::Shared& shared) {
+__device__ __forceinline__ void load_boxes(const AttentionBwdParams& params,
+                                           const CUtensorMap& k_map, const CUtensorMap& v_map,
+                                           const Item& item, typename Traits::Shared& shared) {
+  const int lane = loader_thread();
+  if (lane == 0) {
+    shared.k_full.expect(Traits::kKeyBytes);
+    shared.v_full.expect(Traits::kKeyBytes);
+  }
+  __syncwarp();
+  const int log2_box = params.plan.log2_box;
+  const int boxes = Traits::kBlockN >> log2_box;
+  const int box = lane % boxes;
+  const int panel = lane / boxes % Traits::kPanels;
+  const int tensor = lane / boxes / Traits::kPanels;
+  if (tensor > 1) return;
+  const int position = item.keys.position(params.pattern, item.keys.column0 + (box << log2_box));
+  copy_box(tensor == 0 ? k_map : v_map, tensor == 0 ? shared.k_full : shared.v_full,
+           (tensor == 0 ? shared.k : shared.v) + panel * Traits::kKeyPanelBytes +
+               (box << log2_box) * 128,
+           panel * 64, item.k_row(position), item.kv_head, item.sequence.batch);
+}
+
+// Threads kFirstLoader and following. Keys come in boxes, or where blocks are small or rows not the
+// tile's own, one row at a time, from wherever they are; rows that are not its own become zeros.
+template <typename Traits>
+__device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
+                          typename Traits::Shared& shared) {
   const AttentionBwdParams& params = shared.params;
   while (true) {
     const uint32_t n = shared.loads[loader_thread() / 32];
@@ -146,12 +174,17 @@ __device__ void load_keys(typename Traits::Shared& shared) {
     named_barrier_sync(kLoaderBarrier, Traits::kLoaderThreads);
 
     shared.keys_empty.wait((n & 1) ^ 1);
-    load_rows<Traits>(params.k, params.k_strides, item, shared.rows[n % 2], shared.k);
-    forget_registers();
-    load_rows<Traits>(params.v, params.v_strides, item, shared.rows[n % 2], shared.v);
-    wait_for_copies();
-    fence_async_proxy();
-    shared.keys_full.arrive();
+    if (params.plan.log2_box >= kLog2SmallestBox && item.keys.whole()) {
+      if (loader_thread() < 32) load_boxes<Traits>(params, k_map, v_map, item, shared);
+    } else {
+      load_rows<Traits>(params.k, params.k_strides, item, shared.rows[n % 2], shared.k);
+      forget_registers();
+      load_rows<Traits>(params.v, params.v_strides, item, shared.rows[n % 2], shared.v);
+      wait_for_copies();
+      fence_async_proxy();
+    }
+    shared.k_full.arrive();
+    shared.v_full.arrive();
     __syncwarp();
     if (loader_thread() % 32 == 0) {
       shared.loads[loader_thread() / 32] = n + 1;

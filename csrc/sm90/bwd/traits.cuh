@@ -22,14 +22,28 @@ struct KeyRow {
 };
 
 // What the producer keeps in mind, in shared memory: it has few registers.
+template <int kQueryTile>
 struct Stream {
   uint32_t n;     // items so far
   uint32_t step;  // of the Q and dO pipelines
   int next_item;
-  int head;           // of queries
-  int skipped, left;  // steps before the item's first one, and to go
-  int q_tile0;        // number of the head's tile 0 among all heads' query tiles
-  QueryTiles tiles;   // of the head
+  int head;                      // of queries
+  int skipped, left;             // steps before the item's first one, and to go
+  int q_tile0;                   // number of the head's tile 0 among all heads' query tiles
+  QueryTiles<kQueryTile> tiles;  // of the head
+};
+
+// The 64 x 64 elements of a query tile's dQ that a math warpgroup computes: at head_dim 128 some of
+// the columns, at head_dim 64 some of the rows.
+template <int kHeadDim>
+struct DqPart {
+  static constexpr int kFloats = 64 * 64;
+  static constexpr int kAcross = kHeadDim / 64;  // parts side by side
+  int row, column;                               // its first ones
+  int offset;                                    // in the tile's sums
+
+  __device__ __forceinline__ explicit DqPart(int index)
+      : row(index / kAcross * 64), column(index % kAcross * 64), offset(index * kFloats) {}
 };
 
 // With kAddsDq each block adds its part of dQ to the sums in memory.
@@ -38,7 +52,7 @@ struct BwdTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kAddsDq = kAddsDq_;
-  static constexpr int kBlockM = kQueryTile;
+  static constexpr int kBlockM = query_rows(kHeadDim);
   static constexpr int kBlockN = kKeyTile;  // two math warpgroups of 64 keys
   // Q is held from the scores of its tile, issued a tile ahead, to its dK; dO for one tile.
   static constexpr int kQStages = 3;
@@ -48,11 +62,14 @@ struct BwdTraits {
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
   static constexpr int kLoaderThreads = 96;  // of the producer warpgroup: they fetch keys
   // Budget: a block gets 168 registers a thread (65536 / 384, in steps of 8), 504 for one thread of
-  // each warpgroup, and no more when they move. A math thread holds kHeadDim of dK and dV, 32 of
-  // scores and P, 32 of dP or dQ, 16 of dS.
+  // each warpgroup, and no more when they move. A math thread holds kHeadDim of dK and dV,
+  // kBlockM / 2 of scores and P, as many of dP or 32 of dQ, kBlockM / 4 of dS.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kMathRegisters = 240;
   static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= 504);
+  // Whether the scores of a tile fit beside dP of the tile before or after, its P or dS, and all
+  // else.
+  static constexpr bool kTwoTilesFit = kHeadDim + kBlockM + kBlockM / 4 + 24 <= kMathRegisters;
   // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
   static constexpr int kPanels = kHeadDim / 64;
   static constexpr uint32_t kQueryPanelBytes = kBlockM * 128;
@@ -60,9 +77,8 @@ struct BwdTraits {
   static constexpr uint32_t kKeyPanelBytes = kBlockN * 128;
   static constexpr uint32_t kKeyBytes = kPanels * kKeyPanelBytes;
   static constexpr uint32_t kStatsBytes = 2 * kBlockM * sizeof(float);
-  // dQ of a tile: each warpgroup computes 64 columns.
-  static constexpr int kDqFloats = kBlockM * kHeadDim;
-  static_assert(kHeadDim == 64 * kMathWarpgroups, "a math warpgroup computes 64 columns of dQ");
+  static constexpr int kDqFloats = kBlockM * kHeadDim;  // dQ of a tile
+  static_assert(kDqFloats == kMathWarpgroups * DqPart<kHeadDim>::kFloats, "a part for each");
   static_assert(sizeof(T) == 2, "wgmma takes transposed operands in 16-bit types only");
 
   struct Shared {
@@ -77,11 +93,11 @@ struct BwdTraits {
     KeyRow rows[2][kBlockN];                           // for two items
     Item items[2];
     Step steps[kQStages];
-    Stream stream;
+    Stream<kBlockM> stream;
     uint32_t loads[kLoaderThreads / 32];  // of items, by each of these warps
     AttentionBwdParams params;  // for the producer: what follows from them it is to compute anew
     Mbarrier item_full[2], item_empty[2];
-    Mbarrier keys_full, keys_empty;
+    Mbarrier k_full, v_full, keys_empty;
     Mbarrier q_full[kQStages], q_empty[kQStages];
     Mbarrier dout_full[kDoutStages], dout_empty[kDoutStages];
     Mbarrier ds_full;

@@ -25,7 +25,7 @@ _SMALLEST_BOX = 16  # keys that the kernel of deterministic dQ fetches at once
 
 def backward_unsupported(problem: AttentionProblem) -> str | None:
     """None if the Hopper backward kernel runs the problem, otherwise the reason."""
-    reason = hopper_unsupported(problem, head_dims=(128,), smallest_mask_block=128)
+    reason = hopper_unsupported(problem, head_dims=(64, 128), smallest_mask_block=128)
     if reason is not None:
         return reason
     pattern = problem.pattern

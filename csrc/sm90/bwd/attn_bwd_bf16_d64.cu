@@ -1,0 +1,3 @@
+#include "sm90/bwd/launch.cuh"
+
+template void longgen::sm90::launch_attn_bwd<__nv_bfloat16, 64>(longgen::AttentionBwdParams);

@@ -1,0 +1,104 @@
+// The Hopper backward kernel's enumeration of work for the CPU; for test_backward_enumeration.py.
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "host_pattern.cuh"
+#include "sm90/bwd/plan.cu"
+
+using namespace longgen;
+using namespace longgen::sm90;
+
+namespace {
+
+// Whether the passes over rows give tile `tile` of a head and sequence the same number.
+template <int kQueryTile>
+bool numbered_alike(const AttentionBwdParams& params, const Item& item, int head, int tile) {
+  int slot = first_query_tile<kQueryTile>(params, item.sequence, head) + tile -
+             (item.sequence.batch * params.q_heads + head) * params.plan.q_tiles;
+  if (slot < 0 || slot >= params.plan.q_tiles) return false;
+  if (params.cu_seqlens_q == nullptr) return slot == tile;
+  const Sequence sequence = packed_sequence<true>(params, kQueryTile, 2, slot);
+  return sequence.index == item.sequence.index && slot == tile;
+}
+
+template <int kQueryTile>
+int walk(const AttentionBwdParams& params, int32_t* owned, int8_t* seen) {
+  for (int index = 0; index < params.plan.items; ++index) {
+    Item item{};
+    if (!find_item<kQueryTile>(params, index, item)) continue;
+    const int batch = item.sequence.batch;
+    std::vector<int> k_rows(kKeyTile, -1);
+    std::vector<Run> runs(kKeyTile, {kBeyond, 0});
+    for (int row = 0; row < kKeyTile; ++row) {
+      if (!item.keys.owns(row)) continue;
+      const int position = item.keys.position(params.pattern, item.keys.column0 + row);
+      k_rows[row] = item.k_row(position);
+      runs[row] = item.keys.seen(params.pattern, position);
+      if (k_rows[row] < 0 || k_rows[row] >= params.seqlen_k) return 1;  // no such key
+      if (item.first_step == 0)
+        ++owned[(batch * params.kv_heads + item.kv_head) * params.seqlen_k + k_rows[row]];
+    }
+    const int box = 1 << params.plan.log2_box;
+    for (int row = 0; row < kKeyTile && item.keys.whole(); ++row)
+      if (row % box != 0 && k_rows[row] != k_rows[row - 1] + 1) return 5;  // no run of keys
+    int head = item.kv_head * params.plan.group, skipped = item.first_step, left = item.steps;
+    for (; left > 0; ++head) {
+      if (head == (item.kv_head + 1) * params.plan.group) return 2;  // fewer steps than promised
+      const auto tiles = query_tiles<kQueryTile>(params, item, head);
+      const int first = std::min(skipped, tiles.count());
+      const int last = std::min(tiles.count(), skipped + left);
+      skipped -= first;
+      left -= last - first;
+      for (int i = first; i < last; ++i) {
+        const int tile = tiles.at(params.pattern, i);
+        if (!numbered_alike<kQueryTile>(params, item, head, tile)) return 3;
+        const int p_tile = (item.sequence.q_start & -kQueryTile) + tile * kQueryTile;
+        const bool masked = item.masks(p_tile, kQueryTile);
+        for (int p = p_tile; p < p_tile + kQueryTile; ++p) {
+          for (int row = 0; row < kKeyTile; ++row) {
+            const bool shown = p >= runs[row].lo && p < runs[row].hi;
+            if (!masked && !shown) return 4;  // would show a pair that is not visible
+            if (!shown || p < item.sequence.q_start || p >= item.q_end()) continue;
+            const int64_t q_row =
+                static_cast<int64_t>(batch * params.q_heads + head) * params.seqlen_q +
+                item.q_row(p);
+            ++seen[q_row * params.seqlen_k + k_rows[row]];
+          }
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+// Adds to owned[b, kv head, key row] how many key tiles hold the row, and to seen[b, head, query
+// row, key row] how often the pair is visited and shown. `sizes` are AttentionBwdParams' own, in
+// order, then the positions of the first rows and the number of multiprocessors. Returns the number
+// of chunks that global tiles are divided into, or what is wrong, negative.
+extern "C" int enumerate(const int32_t* code, const int32_t* mask_cols, const int32_t* sizes,
+                         const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k,
+                         const int32_t* q_starts, const int32_t* k_starts, int32_t* owned,
+                         int8_t* seen) {
+  AttentionBwdParams params{};
+  params.pattern = decode(code, nullptr, mask_cols);
+  params.batch = sizes[0];
+  params.seqlen_q = sizes[1];
+  params.seqlen_k = sizes[2];
+  params.q_heads = sizes[3];
+  params.kv_heads = sizes[4];
+  params.head_dim = sizes[5];
+  params.q_start = sizes[6];
+  params.k_start = sizes[7];
+  params.multiprocessors = sizes[8];
+  params.cu_seqlens_q = cu_seqlens_q;
+  params.cu_seqlens_k = cu_seqlens_k;
+  params.q_starts = q_starts;
+  params.k_starts = k_starts;
+  params.plan = make_plan(params);
+  const int wrong = params.head_dim == 64 ? walk<query_rows(64)>(params, owned, seen)
+                                          : walk<query_rows(128)>(params, owned, seen);
+  return wrong != 0 ? -wrong : params.plan.chunks;
+}
