@@ -14,9 +14,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from longgen_kernels import AttentionPattern
@@ -24,6 +25,7 @@ from model_integration import attention
 from model_integration.cache import LongGenCache
 from model_integration.configuration import LongGenLlamaConfig
 from model_integration.layout import SequenceLayout
+from model_integration.loss import next_token_loss
 
 
 class LongGenLlamaPreTrainedModel(LlamaPreTrainedModel):
@@ -190,6 +192,46 @@ class LongGenLlamaForCausalLM(LongGenLlamaPreTrainedModel, LlamaForCausalLM):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As LlamaForCausalLM's; with labels the output has a loss and no logits, which never exist all at once.
+
+        Args:
+            labels: (batch, tokens) int64, unshifted; -100 does not count.
+            logits_to_keep: how many of the last tokens get logits, or which; 0: all. None: all without labels, none
+                with them. With labels, anything but None computes the loss from those logits, as LlamaForCausalLM does.
+            num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        if labels is None or logits_to_keep is not None or self.loss_function is not ForCausalLMLoss:
+            keep = 0 if logits_to_keep is None else logits_to_keep
+            return super().forward(**inputs, labels=labels, logits_to_keep=keep, **kwargs)
+        outputs = self.model(**inputs, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=next_token_loss(outputs.last_hidden_state, self.lm_head, labels, self.config.vocab_size, **kwargs),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
