@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ SMALL_MODEL: dict[str, Any] = {
 }
 
 #: Options that may differ between a run and its continuation: they say where and how fast, not what.
-FREE_ON_RESUME = ("output_dir", "resume", "overwrite", "attn_implementation", "backend", "device")
+FREE_ON_RESUME = ("output_dir", "resume", "overwrite", "attn_implementation", "backend", "compile", "device")
 
 
 def build_parser() -> OneLineParser:
@@ -108,6 +109,10 @@ def build_parser() -> OneLineParser:
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass"
     )
+    group.add_argument(
+        "--lora-rank", type=int, help="train adapters of this rank beside all linear layers, by PEFT (every weight)"
+    )
+    group.add_argument("--lora-alpha", type=float, help="scale of the adapters, divided by their rank (twice the rank)")
     group.add_argument("--seed", type=int, default=0, help="of weights and data order")
 
     group = parser.add_argument_group("what runs it")
@@ -117,6 +122,7 @@ def build_parser() -> OneLineParser:
     group.add_argument(
         "--backend", choices=("cuda", "triton", "reference"), help="of longgen (for each pass the fastest)"
     )
+    group.add_argument("--compile", action="store_true", help="torch.compile: slow to begin with")
     group.add_argument("--device", default="auto", choices=("auto", "cpu"), help="auto: the GPU if there is one")
 
     group = parser.add_argument_group("run")
@@ -178,6 +184,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--data and --dataset exclude each other")
     if args.data:
         find_files(args.data)
+    _check_lora(args)
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     if args.backend and args.attn_implementation != "longgen":
         raise UsageError(
@@ -192,6 +199,23 @@ def _check(args: argparse.Namespace) -> None:
     if args.tokenizer and not Path(args.tokenizer).is_dir():
         raise UsageError(f"--tokenizer {args.tokenizer}: no such directory")
     _check_output(args)
+
+
+def _check_lora(args: argparse.Namespace) -> None:
+    if args.lora_rank is None:
+        if args.lora_alpha is not None:
+            raise UsageError("--lora-alpha needs --lora-rank")
+        return
+    if args.lora_rank < 1:
+        raise UsageError(f"--lora-rank must be at least 1, got {args.lora_rank}")
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    if not args.lora_alpha > 0.0:
+        raise UsageError(f"--lora-alpha must be positive, got {args.lora_alpha}")
+    if args.model is None:
+        raise UsageError("--lora-rank needs --model: adapters beside random weights would learn little")
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError("--lora-rank needs the peft package: pip install peft")
 
 
 def _check_output(args: argparse.Namespace) -> None:

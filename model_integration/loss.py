@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 LOGITS_AT_ONCE = 1 << 26
 
 
-@torch.compiler.disable  # a compiler would unroll the loop, once for each length
+@torch.compiler.disable(reason="a compiler would unroll the loop, for each length anew")
 def next_token_loss(
     hidden_states: Tensor,
     head: nn.Module,
