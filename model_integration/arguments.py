@@ -16,11 +16,11 @@ from model_integration.command_line import (
     OneLineParser,
     UsageError,
     add_hybrid_options,
+    convertible_config,
     given_pattern,
     hybrid_config,
-    llama_config,
 )
-from model_integration.configuration import LongGenLlamaConfig
+from model_integration.configuration import LongGenConfig
 from model_integration.data import DataError, find_files
 
 #: Defaults of a small model trained from nothing, and of a pretrained checkpoint that becomes a hybrid.
@@ -61,8 +61,8 @@ FREE_ON_RESUME = ("output_dir", "resume", "overwrite", "attn_implementation", "b
 def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m model_integration.finetune",
-        description="Train a LongGen hybrid Llama. Without arguments: a small byte-level one, from nothing, on the "
-        "source code of Python's standard library; it needs neither network nor GPU. With --model: turn a Llama "
+        description="Train a LongGen hybrid. Without arguments: a small byte-level one, from nothing, on the "
+        "source code of Python's standard library; it needs neither network nor GPU. With --model: turn a "
         "checkpoint into a hybrid and fine-tune it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -71,7 +71,9 @@ def build_parser() -> OneLineParser:
         return f"from scratch: {FROM_SCRATCH[name]}, with --model: {PRETRAINED[name]}"
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, metavar="DIR", help="Llama or LongGen checkpoint directory to start from")
+    group.add_argument(
+        "--model", type=Path, metavar="DIR", help="checkpoint directory of a dense or LongGen model to start from"
+    )
     group.add_argument("--tokenizer", metavar="DIR", help="tokenizer directory (the model's own, or raw bytes)")
     add_hybrid_options(parser, sink=both("sink"), window=both("window"))
 
@@ -139,7 +141,7 @@ def build_parser() -> OneLineParser:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The checked options, defaults filled in and `config` (a LongGenLlamaConfig) added.
+    """The checked options, defaults filled in and `config` (the hybrid's) added.
 
     Bad paths and impossible combinations end the process with status 2 and one line.
     """
@@ -238,9 +240,9 @@ def _pattern(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, An
     return given
 
 
-def _config(args: argparse.Namespace) -> LongGenLlamaConfig:
+def _config(args: argparse.Namespace) -> LongGenConfig:
     """The config of the model to train; UsageError where a checkpoint or a combination is no good."""
-    source = llama_config(args.model, "--model") if args.model else LlamaConfig(**SMALL_MODEL)
+    source = convertible_config(args.model, "--model") if args.model else LlamaConfig(**SMALL_MODEL)
     changes: dict[str, Any] = {}
     if args.model is None or args.seq_length > source.max_position_embeddings:
         changes["max_position_embeddings"] = args.seq_length

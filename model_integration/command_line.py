@@ -1,4 +1,4 @@
-"""What the commands share: errors in one line, a checkpoint's config, and the options that make a Llama a hybrid."""
+"""What the commands share: errors in one line, a checkpoint's config, and the options that make a model a hybrid."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from longgen_kernels import AttentionPattern
-from model_integration.configuration import FULL_PLACEMENTS, LongGenLlamaConfig
+from model_integration.configuration import FULL_PLACEMENTS, HYBRID_CONFIGS, LongGenConfig
 
 PATTERN_OPTIONS = ("sink", "window", "window_blocks", "stride", "block_size", "head_phase_step")
 
@@ -40,12 +40,12 @@ def checkpoint_config(path: Path, option: str) -> Any:
         raise UsageError(f"{option} {path}: config.json cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def llama_config(path: Path, option: str) -> LlamaConfig:
+def convertible_config(path: Path, option: str) -> PreTrainedConfig:
     """The config of a checkpoint that can become a hybrid, or is one; UsageError for others."""
     config = checkpoint_config(path, option)
-    if not isinstance(config, LlamaConfig):
+    if config.model_type not in HYBRID_CONFIGS:
         raise UsageError(
-            f"{option} {path}: a {config.model_type} model; only llama and longgen_llama can become a hybrid"
+            f"{option} {path}: a {config.model_type} model; what can become a hybrid is {', '.join(HYBRID_CONFIGS)}"
         )
     return config
 
@@ -94,8 +94,8 @@ def given_pattern(args: argparse.Namespace, sink: int, window: int) -> dict[str,
 
 
 def hybrid_config(
-    args: argparse.Namespace, source: LlamaConfig, pattern: dict[str, Any] | None, **changes: Any
-) -> LongGenLlamaConfig:
+    args: argparse.Namespace, source: PreTrainedConfig, pattern: dict[str, Any] | None, **changes: Any
+) -> LongGenConfig:
     """The hybrid of `source` that the options describe, with further `changes` of its fields.
 
     Args:
@@ -117,6 +117,6 @@ def hybrid_config(
     try:
         if pattern is not None:
             changes["sparse_pattern"] = AttentionPattern(**pattern)
-        return LongGenLlamaConfig.from_llama(source, **changes)
+        return HYBRID_CONFIGS[source.model_type].from_dense(source, **changes)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error

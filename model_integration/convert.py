@@ -1,6 +1,6 @@
-"""Turn a Llama checkpoint into a LongGen hybrid: `python -m model_integration.convert SRC DST --full-ratio 1/3`.
+"""Turn a checkpoint into a LongGen hybrid: `python -m model_integration.convert SRC DST --full-ratio 1/3`.
 
-A hybrid has Llama's parameters under Llama's names, so the weight files are copied as they are, never loaded.
+A hybrid has the dense model's parameters under the same names, so the weight files are copied and never loaded.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from model_integration.command_line import (
     OneLineParser,
     UsageError,
     add_hybrid_options,
+    convertible_config,
     given_pattern,
     hybrid_config,
-    llama_config,
 )
-from model_integration.configuration import DEFAULT_SPARSE_PATTERN, LongGenLlamaConfig
-from model_integration.modeling import LongGenLlamaForCausalLM
+from model_integration.configuration import DEFAULT_SPARSE_PATTERN, LongGenConfig
+from model_integration.modeling import HYBRID_MODELS
 
 #: The file or the index that transformers reads, in its order of preference.
 WEIGHTS = (
@@ -42,11 +42,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The checked options, with `config` (the hybrid's) and `files` (what is copied) added."""
     parser = OneLineParser(
         prog="python -m model_integration.convert",
-        description="Turn a Llama checkpoint into a LongGen hybrid without loading it: the weights stay as they are, "
+        description="Turn a checkpoint into a LongGen hybrid without loading it: the weights stay as they are, "
         "the config gets a pattern for each layer. Options left out keep a hybrid's own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="directory of a Llama or LongGen checkpoint")
+    parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint directory of a dense or LongGen model")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to write; it must be new or empty")
     default = DEFAULT_SPARSE_PATTERN
     add_hybrid_options(parser, sink=str(default.sink), window=str(default.window))
@@ -65,7 +65,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    source = llama_config(args.source, "SRC")
+    source = convertible_config(args.source, "SRC")
     changes = {}
     if args.max_positions is not None:
         if args.max_positions < 1:
@@ -74,7 +74,7 @@ def _check(args: argparse.Namespace) -> None:
     default = DEFAULT_SPARSE_PATTERN
     assert default.window is not None
     args.config = hybrid_config(args, source, given_pattern(args, default.sink, default.window), **changes)
-    args.config.architectures = [LongGenLlamaForCausalLM.__name__]
+    args.config.architectures = [HYBRID_MODELS[type(args.config)].__name__]
     weights = weight_files(args.source)
     _check_weights(args.source, weights, args.config)
     others = [
@@ -108,7 +108,7 @@ def weight_files(path: Path) -> list[Path]:
     return [*(path / name for name in names), first]
 
 
-def _check_weights(source: Path, weights: list[Path], config: LongGenLlamaConfig) -> None:
+def _check_weights(source: Path, weights: list[Path], config: LongGenConfig) -> None:
     """Raise UsageError for a safetensors file that is cut off, and for parameters that no file holds.
 
     transformers would fill those with random numbers. Only headers are read.
@@ -124,7 +124,7 @@ def _check_weights(source: Path, weights: list[Path], config: LongGenLlamaConfig
         except (SafetensorError, OSError) as error:
             raise UsageError(f"SRC {source}: {shard.name} cannot be read: {error}") from error
     with torch.device("meta"):
-        model = LongGenLlamaForCausalLM(config)
+        model = HYBRID_MODELS[type(config)](config)
     expected = set(model.state_dict()) - (set(model.all_tied_weights_keys) if config.tie_word_embeddings else set())
     missing = sorted(expected - found)
     if missing:
@@ -132,7 +132,7 @@ def _check_weights(source: Path, weights: list[Path], config: LongGenLlamaConfig
         raise UsageError(f"SRC {source}: the weights lack {missing[0]}{more}")
 
 
-def convert(config: LongGenLlamaConfig, files: list[Path], destination: Path, link: bool = False) -> None:
+def convert(config: LongGenConfig, files: list[Path], destination: Path, link: bool = False) -> None:
     """Make a checkpoint of `config` and copies of `files` in `destination`; with `link`, hard links to them.
 
     config.json comes last: until then nothing takes the directory for a checkpoint.

@@ -11,7 +11,7 @@ import torch
 
 from model_integration import attention
 from model_integration.command_line import OneLineParser, UsageError, checkpoint_config
-from model_integration.configuration import LongGenLlamaConfig
+from model_integration.configuration import LongGenConfig
 from model_integration.data import DataError, find_files
 from model_integration.tasks import TASKS
 
@@ -166,13 +166,13 @@ def _check_engine(args: argparse.Namespace) -> None:
         raise UsageError(f"--device {args.device}: no such device; valid are cpu, cuda and cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {args.device}: this machine has {torch.cuda.device_count()} usable CUDA GPUs")
-    hybrid = isinstance(args.config, LongGenLlamaConfig)
+    hybrid = isinstance(args.config, LongGenConfig)
     if args.attn_implementation is None:
         args.attn_implementation = attention.NAME if hybrid else "sdpa"
     if args.attn_implementation == attention.NAME and not hybrid:
         others = ", ".join(name for name in attention.IMPLEMENTATIONS if name != attention.NAME)
         raise UsageError(
-            f"--attn-implementation {attention.NAME} needs a longgen_llama checkpoint, {args.checkpoint} is "
+            f"--attn-implementation {attention.NAME} needs a LongGen checkpoint, {args.checkpoint} is "
             f"{args.config.model_type}; valid for it are {others}"
         )
     if args.backend and args.attn_implementation != attention.NAME:

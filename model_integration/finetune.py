@@ -1,7 +1,7 @@
-"""Train a LongGen hybrid Llama: `python -m model_integration.finetune --help`.
+"""Train a LongGen hybrid: `python -m model_integration.finetune --help`.
 
 Without arguments it trains a small byte-level hybrid on the source code of Python's standard library, on whatever this
-machine has. With `--model` it turns a Llama checkpoint into a hybrid and fine-tunes it on your text.
+machine has. With `--model` it turns a checkpoint into a hybrid and fine-tunes it on your text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from model_integration.data import (
     split_held_out,
     standard_library,
 )
-from model_integration.modeling import LongGenLlamaForCausalLM
+from model_integration.modeling import HYBRID_MODELS
 from model_integration.reporting import BITS_PER_BYTE, ProgressBar, plot_losses
 
 SETTINGS_FILE = "finetune.json"
@@ -95,9 +95,9 @@ def build_model(args: argparse.Namespace) -> Any:
     args.config._attn_implementation = args.attn_implementation
     set_seed(args.seed)
     if args.model:
-        model = LongGenLlamaForCausalLM.from_pretrained(args.model, config=args.config, dtype=dtype)
+        model = HYBRID_MODELS[type(args.config)].from_pretrained(args.model, config=args.config, dtype=dtype)
     else:
-        model = LongGenLlamaForCausalLM._from_config(args.config, dtype=dtype)
+        model = HYBRID_MODELS[type(args.config)]._from_config(args.config, dtype=dtype)
     layers = model.model.layers
     if args.lora_rank is not None:
         from peft import LoraConfig, get_peft_model

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaForCausalLM, convert
@@ -112,8 +112,13 @@ def cut_off(path):
     weights.write_bytes(weights.read_bytes()[:-1])
 
 
-def mistral(path):
-    MistralConfig().save_pretrained(path)
+def of_another_kind(path):
+    GPT2Config().save_pretrained(path)
+    (path / "model.safetensors").touch()
+
+
+def mistral_with_a_window(path):
+    MistralConfig(sliding_window=4096).save_pretrained(path)
     (path / "model.safetensors").touch()
 
 
@@ -123,7 +128,8 @@ def mistral(path):
         (lambda path: None, "", "no such directory"),
         (lambda path: path.mkdir(), "", "no config.json"),
         (lambda path: LlamaConfig().save_pretrained(path), "", "no weights"),
-        (mistral, "", "a mistral model"),
+        (of_another_kind, "", "a gpt2 model; what can become a hybrid is llama, longgen_llama, "),
+        (mistral_with_a_window, "", "sliding_window must be None"),
         (without_head, "", "the weights lack lm_head.weight"),
         (without_a_shard, "", "which are not there"),
         (cut_off, "", "model.safetensors cannot be read"),

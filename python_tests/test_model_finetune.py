@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaForCausalLM, finetune, generate
@@ -209,7 +209,7 @@ def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
         ("--model {tmp}/nowhere", "no such directory"),
         ("--model {tmp}", "no config.json"),
         ("--model {llama}/../bare", "no weights"),
-        ("--model {llama}/../mistral", "a mistral model"),
+        ("--model {llama}/../gpt2", "a gpt2 model; what can become a hybrid is llama, longgen_llama, "),
         ("--model {llama} --full-layers 3", "full_layers must be distinct indices in [0, 3)"),
         ("--data {tmp}/nowhere.txt", "no such file or directory"),
         ("--data {tmp}/empty", "no .txt, .md, .py, .jsonl files"),
@@ -247,9 +247,9 @@ def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
 def test_what_cannot_work_ends_in_one_line(arguments, message, llama, texts, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "used" / "checkpoint-4").mkdir(parents=True)
-    for name, config in (("bare", LlamaConfig()), ("mistral", MistralConfig())):
+    for name, config in (("bare", LlamaConfig()), ("gpt2", GPT2Config())):
         config.save_pretrained(llama.parent / name)
-    (llama.parent / "mistral" / "model.safetensors").touch()
+    (llama.parent / "gpt2" / "model.safetensors").touch()
     with pytest.raises(SystemExit) as exit_status:
         finetune.main(arguments.format(tmp=tmp_path, llama=llama, texts=texts).split())
     assert exit_status.value.code == 2
