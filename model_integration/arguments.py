@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from model_integration.command_line import (
     convertible_config,
     given_pattern,
     hybrid_config,
+    with_recipe,
 )
 from model_integration.configuration import LongGenConfig
 from model_integration.data import DataError, find_files
@@ -55,7 +58,18 @@ SMALL_MODEL: dict[str, Any] = {
 }
 
 #: Options that may differ between a run and its continuation: they say where and how fast, not what.
-FREE_ON_RESUME = ("output_dir", "resume", "overwrite", "attn_implementation", "backend", "compile", "device")
+FREE_ON_RESUME = ("recipe", "output_dir", "resume", "overwrite", "attn_implementation", "backend", "compile", "device")
+
+
+def token_count(text: str) -> int:
+    """A number of tokens: 5e9 or 5000000000."""
+    try:
+        count = int(float(text))
+    except (ValueError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens such as 5e9")
+    return count
 
 
 def build_parser() -> OneLineParser:
@@ -70,6 +84,9 @@ def build_parser() -> OneLineParser:
     def both(name: str) -> str:
         return f"from scratch: {FROM_SCRATCH[name]}, with --model: {PRETRAINED[name]}"
 
+    parser.add_argument(
+        "--recipe", metavar="FILE", help="YAML file of these options, without their dashes; those given here win"
+    )
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model", type=Path, metavar="DIR", help="checkpoint directory of a dense or LongGen model to start from"
@@ -91,6 +108,11 @@ def build_parser() -> OneLineParser:
 
     group = parser.add_argument_group("training")
     group.add_argument("--max-steps", type=int, help=f"optimizer steps ({both('max_steps')})")
+    group.add_argument(
+        "--max-tokens",
+        type=token_count,
+        help="tokens for each device to train on, such as 5e9; with --max-steps, whichever is less",
+    )
     group.add_argument("--batch-size", type=int, help=f"sequences per device and step ({both('batch_size')})")
     group.add_argument("--accumulate", type=int, default=1, help="forward passes summed into one optimizer step")
     group.add_argument(
@@ -146,15 +168,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     Bad paths and impossible combinations end the process with status 2 and one line.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    try:
+        args = parser.parse_args(with_recipe(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        parser.error(str(error))
     defaults = PRETRAINED if args.model else FROM_SCRATCH
     args.pattern = _pattern(args, defaults)
-    short_run = args.max_steps is not None and args.warmup_steps is None
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if short_run:
-        args.warmup_steps = min(args.warmup_steps, args.max_steps // 5)
+    _fill_in(args, defaults)
     if args.output_dir is None:
         args.output_dir = Path("runs", args.model.resolve().name if args.model else "stdlib")
     try:
@@ -163,6 +183,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     except (UsageError, DataError) as error:
         parser.error(str(error))
     return args
+
+
+def _fill_in(args: argparse.Namespace, defaults: dict[str, Any]) -> None:
+    """Set the options left out; a run that is given its length gets a warm-up that suits it."""
+    max_steps, its_own_length = args.max_steps, args.max_steps is not None or args.max_tokens is not None
+    short_warmup = args.warmup_steps is None and its_own_length
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.max_tokens is not None:
+        tokens = max(1, args.seq_length * args.batch_size * args.accumulate)  # what is below 1 is refused later
+        steps = math.ceil(args.max_tokens / tokens)
+        args.max_steps = steps if max_steps is None else min(max_steps, steps)
+    if short_warmup:
+        args.warmup_steps = min(args.warmup_steps, args.max_steps // 5)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from longgen_kernels import AttentionPattern
@@ -24,6 +25,36 @@ class OneLineParser(argparse.ArgumentParser):
 
 class UsageError(ValueError):
     """An option, or a combination, that cannot work; the message is one line."""
+
+
+def with_recipe(argv: list[str]) -> list[str]:
+    """`argv` after the options of the YAML file that its `--recipe` names, so that what it says itself wins.
+
+    Raises UsageError for a file that is no mapping of options to values.
+    """
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--recipe", type=Path)
+    try:
+        recipe = parser.parse_known_args(argv)[0].recipe
+    except argparse.ArgumentError:
+        return argv  # without a value: the command's own parser says so
+    if recipe is None:
+        return argv
+    try:
+        options = yaml.safe_load(recipe.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--recipe {recipe}: {error}") from error
+    if not isinstance(options, dict) or "recipe" in options:
+        raise UsageError(f"--recipe {recipe}: not a mapping of options (other than recipe) to values")
+    given: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            given += [f"--{name}", *map(str, value)]
+        elif value is True:
+            given.append(f"--{name}")
+        elif value is not None and value is not False:
+            given.append(f"--{name}={value}")
+    return [*given, *argv]
 
 
 def checkpoint_config(path: Path, option: str) -> Any:
