@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 #: Directories of the standard library that are tests, demos or not the library at all.
@@ -144,23 +147,62 @@ def split_held_out(documents: Iterable[Document], fraction: float) -> tuple[list
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Documents tokenised, joined by the end-of-document token and cut into blocks of `seq_length` tokens.
 
+    The tokens are in a file, of which memory holds what is being read.
+
+    Args:
+        file: where to keep them, so that `read` finds them again; None: in a temporary file.
+
     Attributes:
-        tokens: (blocks, seq_length) int32.
+        tokens: (blocks, seq_length), uint16 or uint32.
+        documents: how many there were.
         bytes_per_token: UTF-8 bytes per token over the documents; the end token counts, at no bytes.
     """
 
-    def __init__(self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, seq_length: int) -> None:
-        parts: list[np.ndarray] = []
-        text_bytes = 0
-        for batch in _batches(documents, TOKENIZER_BATCH):
-            texts = [d.text for d in batch]
-            encoded = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
-            for text, ids in zip(texts, encoded, strict=True):
-                parts.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
-                text_bytes += len(text.encode("utf-8", errors="ignore"))
-        tokens = np.concatenate(parts) if parts else np.empty(0, dtype=np.int32)
-        self.bytes_per_token = text_bytes / max(tokens.size, 1)
-        self.tokens = tokens[: tokens.size // seq_length * seq_length].reshape(-1, seq_length)
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        seq_length: int,
+        file: Path | None = None,
+    ) -> None:
+        dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+        count = text_bytes = 0
+        if file is not None:
+            _description(file).unlink(missing_ok=True)
+        with tempfile.TemporaryFile() if file is None else file.open("w+b") as stream:
+            few = len(documents) <= TOKENIZER_BATCH
+            with tqdm(total=len(documents), desc="tokenizing", unit=" documents", leave=False, disable=few) as bar:
+                for batch in _batches(documents, TOKENIZER_BATCH):
+                    texts = [d.text for d in batch]
+                    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+                    for text, ids in zip(texts, tokenizer(texts, **options).input_ids, strict=True):
+                        stream.write(np.array([*ids, tokenizer.eos_token_id], dtype=dtype).tobytes())
+                        count += len(ids) + 1
+                        text_bytes += len(text.encode("utf-8", errors="ignore"))
+                    bar.update(len(batch))
+            stream.flush()
+            self._map(stream, dtype, count, seq_length)
+        self.documents, self.bytes_per_token = len(documents), text_bytes / max(count, 1)
+        if file is not None:  # its description comes last: without it the file is not complete
+            about = {"dtype": dtype.name, "count": count, "documents": len(documents), "bytes": text_bytes}
+            _description(file).write_text(json.dumps(about) + "\n")
+
+    @classmethod
+    def read(cls, file: Path, seq_length: int) -> TokenBlocks | None:
+        """What was kept in `file`, or None where nothing is, or not everything."""
+        if not _description(file).is_file():
+            return None
+        about = json.loads(_description(file).read_text())
+        blocks = cls.__new__(cls)
+        with file.open("rb") as stream:
+            blocks._map(stream, np.dtype(about["dtype"]), about["count"], seq_length)
+        blocks.documents, blocks.bytes_per_token = about["documents"], about["bytes"] / max(about["count"], 1)
+        return blocks
+
+    def _map(self, stream: Any, dtype: np.dtype, count: int, seq_length: int) -> None:
+        shape = (count // seq_length, seq_length)
+        # An empty file cannot be mapped.
+        self.tokens = np.memmap(stream, dtype, "r", shape=shape) if shape[0] else np.empty(shape, dtype)
 
     def thinned(self, blocks: int) -> TokenBlocks:
         """At most `blocks` of the blocks, evenly spread: a sample of every document rather than the first few."""
@@ -174,6 +216,10 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(self.tokens[index].astype(np.int64))
         return {"input_ids": ids, "labels": ids}
+
+
+def _description(file: Path) -> Path:
+    return file.with_name(file.name + ".json")
 
 
 def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:

@@ -1,7 +1,7 @@
-"""Train a LongGen hybrid Llama: `python -m model_integration.finetune --help`.
+"""Train a LongGen hybrid: `python -m model_integration.finetune --help`.
 
 Without arguments it trains a small byte-level hybrid on the source code of Python's standard library, on whatever this
-machine has. With `--model` it turns a Llama checkpoint into a hybrid and fine-tunes it on your text.
+machine has. With `--model` it turns a checkpoint into a hybrid and fine-tunes it on your text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from model_integration.data import (
     split_held_out,
     standard_library,
 )
-from model_integration.modeling import LongGenLlamaForCausalLM
+from model_integration.modeling import HYBRID_MODELS
 from model_integration.reporting import BITS_PER_BYTE, ProgressBar, plot_losses
 
 SETTINGS_FILE = "finetune.json"
@@ -89,14 +89,47 @@ def load_documents(args: argparse.Namespace) -> tuple[list[Document], list[Docum
     return split_held_out(documents, args.held_out)
 
 
-def build_model(args: argparse.Namespace) -> LongGenLlamaForCausalLM:
-    """The hybrid: new weights from the seed, or those of `--model`, unchanged."""
+def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> tuple[TokenBlocks, TokenBlocks]:
+    """(training, held-out) blocks: from the output directory where a resumed run left them, else from the documents.
+
+    Raises DataError for a text shorter than one block.
+    """
+    parts = ("training", "held-out")
+    files = [args.output_dir / f"{part}.tokens" for part in parts]
+    blocks = [TokenBlocks.read(file, args.seq_length) for file in files]
+    if None in blocks:
+        documents = load_documents(args)
+        blocks = [TokenBlocks(d, tokenizer, args.seq_length, file) for d, file in zip(documents, files, strict=True)]
+    train, held_out = blocks
+    assert train is not None and held_out is not None
+    for part, found in zip(parts, (train, held_out), strict=True):
+        if not len(found):
+            raise DataError(f"the {part} text is shorter than one sequence of {args.seq_length} tokens")
+    return train, held_out
+
+
+def build_model(args: argparse.Namespace) -> Any:
+    """The hybrid, with new weights from the seed or those of `--model`; with `--lora-rank` PEFT's model of it."""
     dtype = torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
     args.config._attn_implementation = args.attn_implementation
-    if args.model:
-        return LongGenLlamaForCausalLM.from_pretrained(args.model, config=args.config, dtype=dtype)
     set_seed(args.seed)
-    return LongGenLlamaForCausalLM._from_config(args.config, dtype=dtype)
+    if args.model:
+        model = HYBRID_MODELS[type(args.config)].from_pretrained(args.model, config=args.config, dtype=dtype)
+    else:
+        model = HYBRID_MODELS[type(args.config)]._from_config(args.config, dtype=dtype)
+    layers = model.model.layers
+    if args.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        alpha = args.lora_alpha
+        adapters = LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapters)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        for layer in layers:
+            layer.compile()  # a layer at a time: one compilation serves all layers of a kind
+    return model
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
@@ -142,13 +175,42 @@ def prepare_output(args: argparse.Namespace) -> str | None:
         if changed:
             was = ", ".join(f"{name} was {before.get(name)}, is {settings[name]}" for name in changed)
             raise DataError(f"--resume continues a run with the settings it began with: {was}")
-        complete = out.glob("checkpoint-*/trainer_state.json")  # the last file that a checkpoint gets
-        return str(max(complete, key=lambda p: int(p.parent.name.split("-")[1])).parent)
+        complete = [path for path in out.glob("checkpoint-*") if _is_complete(path)]
+        if not complete:
+            raise DataError(f"--resume: no complete checkpoint in {out}")
+        return str(max(complete, key=lambda path: int(path.name.split("-")[1])))
     for old in (*out.glob("checkpoint-*"), out / "final"):
         shutil.rmtree(old, ignore_errors=True)
+    for tokens in out.glob("*.tokens*"):
+        tokens.unlink()
     out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint has all of the last file that it gets: a run may have been killed in the middle of it."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _description(
+    args: argparse.Namespace, model: Any, train: TokenBlocks, held_out: TokenBlocks, training: TrainingArguments
+) -> str:
+    """What is about to run."""
+    config, full = args.config, ", ".join(map(str, args.config.full_layer_indices)) or "none"
+    parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    step_tokens = args.seq_length * args.batch_size * args.accumulate * training.world_size
+    return (
+        f"{parameters:,} parameters, {trained:,} of them trained; layers {full} of {config.num_hidden_layers} full, "
+        f"the others {config.sparse_pattern}\n"
+        f"{train.documents:,} training documents, {train.tokens.size:,} tokens; {held_out.documents:,} documents held "
+        f"out; on {training.device}\n"
+        f"{args.max_steps:,} steps of {step_tokens:,} tokens"
+    )
 
 
 def finetune(args: argparse.Namespace) -> dict[str, float]:
@@ -156,34 +218,23 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
     if args.backend:
         os.environ["LONGGEN_BACKEND"] = args.backend
     tokenizer = load_tokenizer(args)
-    train_documents, held_out_documents = load_documents(args)
-    train = TokenBlocks(train_documents, tokenizer, args.seq_length)
-    held_out = TokenBlocks(held_out_documents, tokenizer, args.seq_length).thinned(args.eval_blocks)
-    for name, blocks in (("training", train), ("held-out", held_out)):
-        if not len(blocks):
-            raise DataError(f"the {name} text is shorter than one sequence of {args.seq_length} tokens")
-    checkpoint = prepare_output(args)
+    training = training_arguments(args)
+    with training.main_process_first(local=False):  # the others find what the first has tokenised
+        checkpoint = prepare_output(args) if args.resume or training.process_index == 0 else None
+        train, held_out = load_blocks(args, tokenizer)
     model = build_model(args)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = BitsPerByteTrainer(
         model=model,
-        args=training_arguments(args),
+        args=training,
         train_dataset=train,
-        eval_dataset=held_out,
+        eval_dataset=held_out.thinned(args.eval_blocks),
         processing_class=tokenizer,
         data_collator=default_data_collator,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressBar())
-    full = args.config.full_layer_indices
-    print(
-        f"{model.num_parameters():,} parameters; layers {', '.join(map(str, full)) or 'none'} of "
-        f"{args.config.num_hidden_layers} full, the others {args.config.sparse_pattern}\n"
-        f"{len(train_documents)} training documents, {train.tokens.size:,} tokens; "
-        f"{len(held_out_documents)} documents held out; on {trainer.args.device}",
-        flush=True,
-    )
+    if trainer.is_world_process_zero():
+        print(_description(args, model, train, held_out, training), flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     if not any(BITS_PER_BYTE in entry for entry in trainer.state.log_history if entry["step"] == args.max_steps):
         trainer.evaluate()
@@ -191,9 +242,11 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
 
     out: Path = args.output_dir
     model.config.use_cache = True  # Trainer turns it off while it trains, and would save that
+    if args.lora_rank is not None:
+        trainer.model = model.merge_and_unload()  # what loads without PEFT, and is as fast
     trainer.save_model(str(out / "final"))
-    trainer.state.save_to_json(str(out / "final" / "trainer_state.json"))
     if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(out / "final" / "trainer_state.json"))
         plot_losses(trainer.state.log_history, held_out.bytes_per_token, out / "loss.png")
         print(f"{metrics[BITS_PER_BYTE]:.3f} bits per byte on held-out text; {out}/loss.png, checkpoint in {out}/final")
     return metrics

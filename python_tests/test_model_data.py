@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from model_integration.data import (
@@ -41,12 +42,46 @@ def test_blocks_hold_the_documents_in_order():
 
 
 def test_thinned_blocks_are_spread_and_not_repeated():
-    blocks = TokenBlocks([Document("a", "x" * 399)], byte_tokenizer(), seq_length=4)
-    blocks.tokens[:, 0] = np.arange(100)
+    numbers = "".join(f"{i:04}" for i in range(100))
+    blocks = TokenBlocks([Document("a", numbers)], byte_tokenizer(), seq_length=4)
     thin = blocks.thinned(10)
-    assert thin.tokens[:, 0].tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert [int(bytes(block.tolist())) for block in thin.tokens] == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     assert len(blocks) == 100
     assert len(blocks.thinned(1000)) == 100
+
+
+@pytest.mark.parametrize(("extra_tokens", "dtype"), [(0, np.uint16), (1 << 16, np.uint32)])
+def test_blocks_are_kept_in_a_file(extra_tokens, dtype, tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(extra_tokens)])
+    text = f"aé<{extra_tokens - 1}>" * 7
+    file = tmp_path / "tokens"
+    assert TokenBlocks.read(file, seq_length=5) is None
+    blocks = TokenBlocks([Document("a", text), Document("b", "bb")], tokenizer, seq_length=5, file=file)
+    again = TokenBlocks.read(file, seq_length=5)
+    for kept in (blocks, again):
+        assert kept.tokens.dtype == dtype
+        assert kept.tokens.flatten().tolist() == [*tokenizer(text).input_ids, 256, 98, 98, 256][: kept.tokens.size]
+        assert kept[0]["labels"].dtype == torch.int64
+        assert kept.documents == 2
+        assert kept.bytes_per_token == blocks.bytes_per_token
+    assert TokenBlocks.read(file, seq_length=3).tokens.flatten().tolist()[:9] == blocks.tokens.flatten().tolist()[:9]
+
+    class Unreadable:
+        @property
+        def text(self):
+            raise OSError
+
+    with pytest.raises(OSError):
+        TokenBlocks([Document("a", text)] * 64 + [Unreadable()], tokenizer, seq_length=5, file=tmp_path / "cut")
+    assert (tmp_path / "cut").exists()
+    assert TokenBlocks.read(tmp_path / "cut", seq_length=5) is None
+
+
+def test_no_text_gives_no_blocks(tmp_path):
+    for documents in ([], [Document("a", "xy")]):
+        assert len(TokenBlocks(documents, byte_tokenizer(), seq_length=4, file=tmp_path / "tokens")) == 0
+        assert len(TokenBlocks.read(tmp_path / "tokens", seq_length=4)) == 0
 
 
 def test_split_depends_on_names_alone():
