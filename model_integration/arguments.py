@@ -47,7 +47,9 @@ SMALL_MODEL: dict[str, Any] = {
 }
 
 #: Options that may differ between a run and its continuation: they say where and how fast, not what.
-FREE_ON_RESUME = ("output_dir", "resume", "overwrite", "attn_implementation", "backend", "device")
+FREE_ON_RESUME = (
+    "output_dir", "resume", "overwrite", "attn_implementation", "backend", "device", "sequence_parallel", "exchange",
+)  # fmt: skip
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -145,12 +147,13 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None, parser: OneLineParser | None = None) -> argparse.Namespace:
     """The checked options, defaults filled in and `config` (a LongGenLlamaConfig) added.
 
-    Bad paths and impossible combinations end the process with status 2 and one line.
+    `parser` is `build_parser()`'s, with further options of the caller's. Bad paths and impossible combinations end the
+    process with status 2 and one line.
     """
-    parser = build_parser()
+    parser = build_parser() if parser is None else parser
     args = parser.parse_args(argv)
     defaults = PRETRAINED if args.model else FROM_SCRATCH
     args.pattern = _pattern_fields(args, defaults)
