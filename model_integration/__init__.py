@@ -1,13 +1,43 @@
-"""LongGen hybrids in transformers: importing this package registers `longgen_llama` with the Auto classes."""
+"""LongGen hybrids in transformers: importing this package makes them known to the Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from model_integration.cache import LongGenCache
-from model_integration.configuration import LongGenLlamaConfig
-from model_integration.modeling import LongGenLlamaForCausalLM, LongGenLlamaModel
+from model_integration.configuration import (
+    LongGenLlamaConfig,
+    LongGenMistralConfig,
+    LongGenQwen2Config,
+    LongGenQwen3Config,
+)
+from model_integration.modeling import (
+    HYBRID_MODELS,
+    LongGenLlamaForCausalLM,
+    LongGenLlamaModel,
+    LongGenMistralForCausalLM,
+    LongGenMistralModel,
+    LongGenQwen2ForCausalLM,
+    LongGenQwen2Model,
+    LongGenQwen3ForCausalLM,
+    LongGenQwen3Model,
+)
 
-AutoConfig.register(LongGenLlamaConfig.model_type, LongGenLlamaConfig)
-AutoModel.register(LongGenLlamaConfig, LongGenLlamaModel)
-AutoModelForCausalLM.register(LongGenLlamaConfig, LongGenLlamaForCausalLM)
+for _config, _model in HYBRID_MODELS.items():
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model.decoder_class)
+    AutoModelForCausalLM.register(_config, _model)
 
-__all__ = ["LongGenCache", "LongGenLlamaConfig", "LongGenLlamaForCausalLM", "LongGenLlamaModel"]
+__all__ = [
+    "LongGenCache",
+    "LongGenLlamaConfig",
+    "LongGenLlamaForCausalLM",
+    "LongGenLlamaModel",
+    "LongGenMistralConfig",
+    "LongGenMistralForCausalLM",
+    "LongGenMistralModel",
+    "LongGenQwen2Config",
+    "LongGenQwen2ForCausalLM",
+    "LongGenQwen2Model",
+    "LongGenQwen3Config",
+    "LongGenQwen3ForCausalLM",
+    "LongGenQwen3Model",
+]

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import LlamaConfig
 from transformers.training_args import OptimizerNames
 
-from longgen_kernels import AttentionPattern
 from model_integration.attention import IMPLEMENTATIONS
-from model_integration.configuration import FULL_PLACEMENTS, LongGenLlamaConfig
+from model_integration.command_line import (
+    OneLineParser,
+    UsageError,
+    add_hybrid_options,
+    convertible_config,
+    given_pattern,
+    hybrid_config,
+)
+from model_integration.configuration import LongGenConfig
 from model_integration.data import DataError, find_files
 
 #: Defaults of a small model trained from nothing, and of a pretrained checkpoint that becomes a hybrid.
@@ -48,46 +56,29 @@ SMALL_MODEL: dict[str, Any] = {
 
 #: Options that may differ between a run and its continuation: they say where and how fast, not what.
 FREE_ON_RESUME = (
-    "output_dir", "resume", "overwrite", "attn_implementation", "backend", "device", "sequence_parallel", "exchange",
+    "output_dir", "resume", "overwrite", "attn_implementation", "backend", "compile", "device", "sequence_parallel",
+    "exchange",
 )  # fmt: skip
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with one line for an error, instead of the usage of forty options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def build_parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m model_integration.finetune",
-        description="Train a LongGen hybrid Llama. Without arguments: a small byte-level one, from nothing, on the "
-        "source code of Python's standard library; it needs neither network nor GPU. With --model: turn a Llama "
+        description="Train a LongGen hybrid. Without arguments: a small byte-level one, from nothing, on the "
+        "source code of Python's standard library; it needs neither network nor GPU. With --model: turn a "
         "checkpoint into a hybrid and fine-tune it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
     def both(name: str) -> str:
-        return f"(from scratch: {FROM_SCRATCH[name]}, with --model: {PRETRAINED[name]})"
+        return f"from scratch: {FROM_SCRATCH[name]}, with --model: {PRETRAINED[name]}"
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", type=Path, metavar="DIR", help="Llama or LongGen checkpoint directory to start from")
-    group.add_argument("--tokenizer", metavar="DIR", help="tokenizer directory (the model's own, or raw bytes)")
-    group.add_argument("--rope-base", type=float, help="RoPE base, such as 5e6 for 128K tokens (as it is)")
-    group.add_argument("--full-ratio", type=float, help="share of layers with full attention (1/3)")
-    group.add_argument("--full-placement", choices=FULL_PLACEMENTS, help="where they are (middle)")
     group.add_argument(
-        "--full-layers", type=int, nargs="+", metavar="I", help="their indices, instead of the two above"
+        "--model", type=Path, metavar="DIR", help="checkpoint directory of a dense or LongGen model to start from"
     )
-
-    group = parser.add_argument_group("pattern of the sparse layers")
-    group.add_argument("--sink", type=int, help=f"first tokens that stay visible {both('sink')}")
-    group.add_argument("--window", type=int, help=f"last tokens that stay visible {both('window')}")
-    group.add_argument("--window-blocks", type=int, help="window in blocks of --block-size, instead of --window")
-    group.add_argument("--stride", type=int, help="of every STRIDE blocks one stays visible")
-    group.add_argument("--block-size", type=int, help="tokens in a block, a power of two")
-    group.add_argument("--head-phase-step", type=int, help="shift of the strided blocks from KV head to KV head (1)")
+    group.add_argument("--tokenizer", metavar="DIR", help="tokenizer directory (the model's own, or raw bytes)")
+    add_hybrid_options(parser, sink=both("sink"), window=both("window"))
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -99,16 +90,16 @@ def build_parser() -> OneLineParser:
         "--text-field", default="text", help="field of .jsonl lines and column of datasets with the text"
     )
     group.add_argument("--held-out", type=float, default=0.05, help="share of the documents kept for evaluation")
-    group.add_argument("--seq-length", type=int, help=f"tokens in a training sequence {both('seq_length')}")
+    group.add_argument("--seq-length", type=int, help=f"tokens in a training sequence ({both('seq_length')})")
 
     group = parser.add_argument_group("training")
-    group.add_argument("--max-steps", type=int, help=f"optimizer steps {both('max_steps')}")
-    group.add_argument("--batch-size", type=int, help=f"sequences per device and step {both('batch_size')}")
+    group.add_argument("--max-steps", type=int, help=f"optimizer steps ({both('max_steps')})")
+    group.add_argument("--batch-size", type=int, help=f"sequences per device and step ({both('batch_size')})")
     group.add_argument("--accumulate", type=int, default=1, help="forward passes summed into one optimizer step")
     group.add_argument(
-        "--learning-rate", type=float, help=f"peak, then a cosine down to a tenth {both('learning_rate')}"
+        "--learning-rate", type=float, help=f"peak, then a cosine down to a tenth ({both('learning_rate')})"
     )
-    group.add_argument("--warmup-steps", type=int, help=f"linear warm-up {both('warmup_steps')}")
+    group.add_argument("--warmup-steps", type=int, help=f"linear warm-up ({both('warmup_steps')})")
     group.add_argument("--weight-decay", type=float, default=0.1, help="on matrices")
     optimizers = [str(o.value) for o in OptimizerNames]
     group.add_argument(
@@ -123,6 +114,10 @@ def build_parser() -> OneLineParser:
     group.add_argument(
         "--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass"
     )
+    group.add_argument(
+        "--lora-rank", type=int, help="train adapters of this rank beside all linear layers, by PEFT (every weight)"
+    )
+    group.add_argument("--lora-alpha", type=float, help="scale of the adapters, divided by their rank (twice the rank)")
     group.add_argument("--seed", type=int, default=0, help="of weights and data order")
 
     group = parser.add_argument_group("what runs it")
@@ -132,6 +127,7 @@ def build_parser() -> OneLineParser:
     group.add_argument(
         "--backend", choices=("cuda", "triton", "reference"), help="of longgen (for each pass the fastest)"
     )
+    group.add_argument("--compile", action="store_true", help="torch.compile: slow to begin with")
     group.add_argument("--device", default="auto", choices=("auto", "cpu"), help="auto: the GPU if there is one")
 
     group = parser.add_argument_group("run")
@@ -148,7 +144,7 @@ def build_parser() -> OneLineParser:
 
 
 def parse_arguments(argv: list[str] | None = None, parser: OneLineParser | None = None) -> argparse.Namespace:
-    """The checked options, defaults filled in and `config` (a LongGenLlamaConfig) added.
+    """The checked options, defaults filled in and `config` (the hybrid's) added.
 
     `parser` is `build_parser()`'s, with further options of the caller's. Bad paths and impossible combinations end the
     process with status 2 and one line.
@@ -156,7 +152,7 @@ def parse_arguments(argv: list[str] | None = None, parser: OneLineParser | None 
     parser = build_parser() if parser is None else parser
     args = parser.parse_args(argv)
     defaults = PRETRAINED if args.model else FROM_SCRATCH
-    args.pattern = _pattern_fields(args, defaults)
+    args.pattern = _pattern(args, defaults)
     short_run = args.max_steps is not None and args.warmup_steps is None
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -167,14 +163,10 @@ def parse_arguments(argv: list[str] | None = None, parser: OneLineParser | None 
         args.output_dir = Path("runs", args.model.resolve().name if args.model else "stdlib")
     try:
         _check(args)
-        args.config = _hybrid_config(args)
+        args.config = _config(args)
     except (UsageError, DataError) as error:
         parser.error(str(error))
     return args
-
-
-class UsageError(ValueError):
-    """An option, or a combination, that cannot work; the message is one line."""
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -198,8 +190,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--data and --dataset exclude each other")
     if args.data:
         find_files(args.data)
-    if args.full_layers is not None and (args.full_ratio is not None or args.full_placement is not None):
-        raise UsageError("--full-layers excludes --full-ratio and --full-placement")
+    _check_lora(args)
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     if args.backend and args.attn_implementation != "longgen":
         raise UsageError(
@@ -216,6 +207,23 @@ def _check(args: argparse.Namespace) -> None:
     _check_output(args)
 
 
+def _check_lora(args: argparse.Namespace) -> None:
+    if args.lora_rank is None:
+        if args.lora_alpha is not None:
+            raise UsageError("--lora-alpha needs --lora-rank")
+        return
+    if args.lora_rank < 1:
+        raise UsageError(f"--lora-rank must be at least 1, got {args.lora_rank}")
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    if not args.lora_alpha > 0.0:
+        raise UsageError(f"--lora-alpha must be positive, got {args.lora_alpha}")
+    if args.model is None:
+        raise UsageError("--lora-rank needs --model: adapters beside random weights would learn little")
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError("--lora-rank needs the peft package: pip install peft")
+
+
 def _check_output(args: argparse.Namespace) -> None:
     out: Path = args.output_dir
     if args.resume and args.overwrite:
@@ -228,61 +236,18 @@ def _check_output(args: argparse.Namespace) -> None:
         raise UsageError(f"{out} already holds a run: --resume continues it, --overwrite starts again")
 
 
-def _pattern_fields(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any] | None:
-    """The pattern that the options describe, as AttentionPattern's arguments; None when no option speaks of it."""
-    names = ("sink", "window", "window_blocks", "stride", "block_size", "head_phase_step")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if not given and args.model:
-        return None
-    if "window_blocks" not in given:
-        given.setdefault("window", defaults["window"])
-    given.setdefault("sink", defaults["sink"])
-    if "stride" in given:
-        given.setdefault("head_phase_step", 1)
+def _pattern(args: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any] | None:
+    """What the options say of the pattern; None leaves a checkpoint's pattern, or the config's default, as it is."""
+    given = given_pattern(args, defaults["sink"], defaults["window"])
+    if given is None and not args.model:
+        return {"sink": defaults["sink"], "window": defaults["window"]}
     return given
 
 
-def _hybrid_config(args: argparse.Namespace) -> LongGenLlamaConfig:
+def _config(args: argparse.Namespace) -> LongGenConfig:
     """The config of the model to train; UsageError where a checkpoint or a combination is no good."""
+    source = convertible_config(args.model, "--model") if args.model else LlamaConfig(**SMALL_MODEL)
     changes: dict[str, Any] = {}
-    for option, field in (
-        ("full_ratio", "full_ratio"),
-        ("full_placement", "full_placement"),
-        ("rope_base", "rope_theta"),
-    ):
-        if getattr(args, option) is not None:
-            changes[field] = getattr(args, option)
-    if args.full_layers is not None or args.full_ratio is not None or args.full_placement is not None:
-        changes["full_layers"] = args.full_layers
-    try:
-        source = _llama_config(args.model) if args.model else LlamaConfig(**SMALL_MODEL)
-        hybrid_already = isinstance(source, LongGenLlamaConfig)
-        if args.pattern is not None:
-            changes["sparse_pattern"] = AttentionPattern(**args.pattern)
-        elif not hybrid_already:
-            changes["sparse_pattern"] = AttentionPattern.sink_window(args.sink, args.window)
-        if args.model is None or args.seq_length > source.max_position_embeddings:
-            changes["max_position_embeddings"] = args.seq_length
-        return LongGenLlamaConfig.from_llama(source, **changes)
-    except UsageError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from error
-
-
-def _llama_config(path: Path) -> LlamaConfig:
-    if not path.is_dir():
-        raise UsageError(f"--model {path}: no such directory")
-    if not (path / "config.json").is_file():
-        raise UsageError(f"--model {path}: no config.json, so no checkpoint")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise UsageError(f"--model {path}: no weights (*.safetensors or pytorch_model*.bin)")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except Exception as error:  # malformed files raise whatever their parser raises
-        raise UsageError(f"--model {path}: config.json cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, LlamaConfig):
-        raise UsageError(
-            f"--model {path}: a {config.model_type} model; only llama and longgen_llama can become a hybrid"
-        )
-    return config
+    if args.model is None or args.seq_length > source.max_position_embeddings:
+        changes["max_position_embeddings"] = args.seq_length
+    return hybrid_config(args, source, args.pattern, **changes)

@@ -46,7 +46,7 @@ def longgen_attention_forward(
     """
     pattern = getattr(module, "pattern", None)
     if pattern is None:
-        raise TypeError(f"{type(module).__name__} has no attention pattern: load the model as LongGenLlamaForCausalLM")
+        raise TypeError(f"{type(module).__name__} has no attention pattern: load the model as a LongGen hybrid")
     if dropout:
         raise ValueError(f"longgen attention has no dropout, got {dropout}")
     batch, _, q_length, _ = query.shape

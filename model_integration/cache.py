@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longgen_kernels import AttentionPattern, SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.cache_layout import MAX_QUERY_TOKENS
-from model_integration.configuration import LongGenLlamaConfig
+from model_integration.configuration import LongGenConfig
 from model_integration.layout import checked_mask, position_jumps
 
 
@@ -105,12 +105,13 @@ class LongGenCache(Cache):
         config: the model's; every layer's pattern is in it.
         max_length: tokens to have room for at once. More tokens double the room, by a copy.
 
+    >>> from model_integration import LongGenLlamaConfig
     >>> cache = LongGenCache(LongGenLlamaConfig(num_hidden_layers=3))
     >>> len(cache), cache.get_seq_length(), cache.nbytes
     (3, 0, 0)
     """
 
-    def __init__(self, config: LongGenLlamaConfig, max_length: int = 1) -> None:
+    def __init__(self, config: LongGenConfig, max_length: int = 1) -> None:
         super().__init__(layers=[LongGenCacheLayer(pattern, max_length) for pattern in config.layer_patterns])
         self._padded_until = 0  # no row has padding behind this column
 

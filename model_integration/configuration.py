@@ -1,11 +1,11 @@
-"""The hybrid's configuration: a Llama config plus which layers are sparse and what they see."""
+"""The hybrids' configurations: a dense model's plus which layers are sparse and what they see."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from longgen_kernels import AttentionPattern, pattern_from_dict
 
@@ -34,9 +34,10 @@ def place_full_layers(num_layers: int, full_ratio: float, placement: str) -> tup
     return tuple(range(first, first + full))
 
 
-@strict
-class LongGenLlamaConfig(LlamaConfig):
-    """Llama with full attention in some layers and a sparse pattern in the others.
+class LongGenConfig(PreTrainedConfig):
+    """A dense model's config and what makes a hybrid of it: full attention in some layers, a pattern in the others.
+
+    The classes to use are LongGenLlamaConfig, LongGenMistralConfig, LongGenQwen2Config and LongGenQwen3Config.
 
     Args:
         sparse_pattern: what the sparse layers see: an `AttentionPattern`, or its `to_dict()`; it is kept as the dict,
@@ -47,9 +48,9 @@ class LongGenLlamaConfig(LlamaConfig):
         rope_theta: the RoPE base, as a plain attribute that can be read, set and passed to `from_pretrained`. (A stock
             LlamaConfig takes `rope_theta=...` there and keeps the old base without a word.)
 
-    Everything else is LlamaConfig's. Raises ValueError for layer indices out of range, a ratio outside [0, 1], an
-    unknown placement, a pattern that is not causal or in which a token may not see itself, and for attention dropout,
-    which the kernels do not have.
+    Everything else is the dense model's. Raises ValueError for layer indices out of range, a ratio outside [0, 1], an
+    unknown placement, a pattern that is not causal or in which a token may not see itself, for a sliding window of the
+    dense model's, which the patterns replace, and for attention dropout, which the kernels do not have.
 
     Source: LongGen (Ge et al., ICLR 2025, arXiv 2410.01485).
 
@@ -57,8 +58,6 @@ class LongGenLlamaConfig(LlamaConfig):
     >>> config.full_layer_indices, config.sparse_pattern
     ((2, 3), {'kind': 'arithmetic', 'sink': 4, 'window': 64})
     """
-
-    model_type = "longgen_llama"
 
     sparse_pattern: dict | None = None
     full_ratio: float = 1 / 3
@@ -81,10 +80,10 @@ class LongGenLlamaConfig(LlamaConfig):
         self.validate_hybrid()
 
     @classmethod
-    def from_llama(cls, config: LlamaConfig, **changes: Any) -> LongGenLlamaConfig:
-        """The hybrid of a Llama config (or of another hybrid's), with `changes` applied.
+    def from_dense(cls, config: PreTrainedConfig, **changes: Any) -> Self:
+        """The hybrid of a dense config (or of another hybrid's), with `changes` applied.
 
-        >>> LongGenLlamaConfig.from_llama(LlamaConfig(num_hidden_layers=4), full_layers=[0]).full_layer_indices
+        >>> LongGenLlamaConfig.from_dense(LlamaConfig(num_hidden_layers=4), full_layers=[0]).full_layer_indices
         (0,)
         """
         fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures", "auto_map")}
@@ -130,6 +129,47 @@ class LongGenLlamaConfig(LlamaConfig):
             raise ValueError(f"rope_theta must be above 1, got {self.rope_theta}")
         if self.attention_dropout:
             raise ValueError(f"attention_dropout must be 0: the kernels have none; got {self.attention_dropout}")
+        if getattr(self, "sliding_window", None) is not None:
+            raise ValueError(
+                f"sliding_window must be None: what a layer sees is its pattern's; got {self.sliding_window}"
+            )
+
+
+@strict
+class LongGenLlamaConfig(LongGenConfig, LlamaConfig):
+    """A hybrid Llama's LongGenConfig."""
+
+    model_type = "longgen_llama"
+
+
+@strict
+class LongGenMistralConfig(LongGenConfig, MistralConfig):
+    """A hybrid Mistral's LongGenConfig. Version 0.1 of Mistral-7B has a sliding window and is refused."""
+
+    model_type = "longgen_mistral"
+    sliding_window: int | None = None
+
+
+@strict
+class LongGenQwen2Config(LongGenConfig, Qwen2Config):
+    """A hybrid Qwen2's (and Qwen2.5's) LongGenConfig."""
+
+    model_type = "longgen_qwen2"
+
+
+@strict
+class LongGenQwen3Config(LongGenConfig, Qwen3Config):
+    """A hybrid Qwen3's LongGenConfig."""
+
+    model_type = "longgen_qwen3"
+
+
+#: The hybrid's config for a dense or a hybrid config's model_type.
+HYBRID_CONFIGS: dict[str, type[LongGenConfig]] = {
+    model_type: hybrid
+    for hybrid in (LongGenLlamaConfig, LongGenMistralConfig, LongGenQwen2Config, LongGenQwen3Config)
+    for model_type in (hybrid.model_type.removeprefix("longgen_"), hybrid.model_type)
+}
 
 
 def _sparse_pattern(fields: dict | None) -> AttentionPattern:

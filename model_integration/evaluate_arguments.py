@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from model_integration import attention
-from model_integration.arguments import OneLineParser, UsageError
-from model_integration.configuration import LongGenLlamaConfig
+from model_integration.command_line import OneLineParser, UsageError, checkpoint_config
+from model_integration.configuration import LongGenConfig
 from model_integration.data import DataError, find_files
 from model_integration.tasks import TASKS
 
@@ -126,7 +125,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    args.config = _checkpoint_config(args.checkpoint)
+    args.config = checkpoint_config(args.checkpoint, "CHECKPOINT")
     limit = getattr(args.config, "max_position_embeddings", None)
     if limit is not None and max(args.lengths) > limit:
         raise UsageError(
@@ -167,13 +166,13 @@ def _check_engine(args: argparse.Namespace) -> None:
         raise UsageError(f"--device {args.device}: no such device; valid are cpu, cuda and cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {args.device}: this machine has {torch.cuda.device_count()} usable CUDA GPUs")
-    hybrid = isinstance(args.config, LongGenLlamaConfig)
+    hybrid = isinstance(args.config, LongGenConfig)
     if args.attn_implementation is None:
         args.attn_implementation = attention.NAME if hybrid else "sdpa"
     if args.attn_implementation == attention.NAME and not hybrid:
         others = ", ".join(name for name in attention.IMPLEMENTATIONS if name != attention.NAME)
         raise UsageError(
-            f"--attn-implementation {attention.NAME} needs a longgen_llama checkpoint, {args.checkpoint} is "
+            f"--attn-implementation {attention.NAME} needs a LongGen checkpoint, {args.checkpoint} is "
             f"{args.config.model_type}; valid for it are {others}"
         )
     if args.backend and args.attn_implementation != attention.NAME:
@@ -182,16 +181,3 @@ def _check_engine(args: argparse.Namespace) -> None:
         )
     if args.backend in ("cuda", "triton") and device.type == "cpu":
         raise UsageError(f"--backend {args.backend} needs a CUDA GPU, not --device cpu")
-
-
-def _checkpoint_config(path: Path) -> Any:
-    if not path.is_dir():
-        raise UsageError(f"CHECKPOINT {path}: no such directory")
-    if not (path / "config.json").is_file():
-        raise UsageError(f"CHECKPOINT {path}: no config.json, so no checkpoint")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise UsageError(f"CHECKPOINT {path}: no weights (*.safetensors or pytorch_model*.bin)")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except Exception as error:  # malformed files raise whatever their parser raises
-        raise UsageError(f"CHECKPOINT {path}: config.json cannot be read: {str(error).splitlines()[0]}") from error

@@ -1,7 +1,7 @@
-"""Train a LongGen hybrid Llama: `python -m model_integration.finetune --help`.
+"""Train a LongGen hybrid: `python -m model_integration.finetune --help`.
 
 Without arguments it trains a small byte-level hybrid on the source code of Python's standard library, on whatever this
-machine has. With `--model` it turns a Llama checkpoint into a hybrid and fine-tunes it on your text.
+machine has. With `--model` it turns a checkpoint into a hybrid and fine-tunes it on your text.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from model_integration.data import (
     split_held_out,
     standard_library,
 )
-from model_integration.modeling import LongGenLlamaForCausalLM
+from model_integration.modeling import HYBRID_MODELS
 from model_integration.reporting import BITS_PER_BYTE, ProgressBar, plot_losses
 
 SETTINGS_FILE = "finetune.json"
@@ -89,14 +89,28 @@ def load_documents(args: argparse.Namespace) -> tuple[list[Document], list[Docum
     return split_held_out(documents, args.held_out)
 
 
-def build_model(args: argparse.Namespace) -> LongGenLlamaForCausalLM:
-    """The hybrid: new weights from the seed, or those of `--model`, unchanged."""
+def build_model(args: argparse.Namespace) -> Any:
+    """The hybrid, with new weights from the seed or those of `--model`; with `--lora-rank` PEFT's model of it."""
     dtype = torch.bfloat16 if args.precision == "bf16-weights" else torch.float32
     args.config._attn_implementation = args.attn_implementation
-    if args.model:
-        return LongGenLlamaForCausalLM.from_pretrained(args.model, config=args.config, dtype=dtype)
     set_seed(args.seed)
-    return LongGenLlamaForCausalLM._from_config(args.config, dtype=dtype)
+    if args.model:
+        model = HYBRID_MODELS[type(args.config)].from_pretrained(args.model, config=args.config, dtype=dtype)
+    else:
+        model = HYBRID_MODELS[type(args.config)]._from_config(args.config, dtype=dtype)
+    layers = model.model.layers
+    if args.lora_rank is not None:
+        from peft import LoraConfig, get_peft_model
+
+        alpha = args.lora_alpha
+        adapters = LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapters)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.compile:
+        for layer in layers:
+            layer.compile()  # a layer at a time: one compilation serves all layers of a kind
+    return model
 
 
 def training_arguments(args: argparse.Namespace) -> TrainingArguments:
@@ -164,8 +178,6 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
             raise DataError(f"the {name} text is shorter than one sequence of {args.seq_length} tokens")
     checkpoint = prepare_output(args)
     model = build_model(args)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = BitsPerByteTrainer(
         model=model,
         args=training_arguments(args),
@@ -177,8 +189,9 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressBar())
     full = args.config.full_layer_indices
+    parameters, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     print(
-        f"{model.num_parameters():,} parameters; layers {', '.join(map(str, full)) or 'none'} of "
+        f"{parameters:,} parameters, {trained:,} of them trained; layers {', '.join(map(str, full)) or 'none'} of "
         f"{args.config.num_hidden_layers} full, the others {args.config.sparse_pattern}\n"
         f"{len(train_documents)} training documents, {train.tokens.size:,} tokens; "
         f"{len(held_out_documents)} documents held out; on {trainer.args.device}",
@@ -191,6 +204,8 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
 
     out: Path = args.output_dir
     model.config.use_cache = True  # Trainer turns it off while it trains, and would save that
+    if args.lora_rank is not None:
+        trainer.model = model.merge_and_unload()  # what loads without PEFT, and is as fast
     trainer.save_model(str(out / "final"))
     trainer.state.save_to_json(str(out / "final" / "trainer_state.json"))
     if trainer.is_world_process_zero():

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, TextStreamer, set_seed
 from transformers.utils import logging
 
-from model_integration.arguments import OneLineParser
 from model_integration.attention import IMPLEMENTATIONS
 from model_integration.cache import LongGenCache
+from model_integration.command_line import OneLineParser
 
 
 class TimedStreamer(TextStreamer):

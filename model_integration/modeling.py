@@ -1,4 +1,7 @@
-"""Llama whose layers each have their own attention pattern; parameters and their names are Llama's."""
+"""Models whose layers each have their own attention pattern; parameters and their names are the dense models'.
+
+The first three classes hold all that is new. The others join them with a model of transformers each.
+"""
 
 from typing import Any
 
@@ -10,27 +13,39 @@ from transformers import (
     GenerationConfig,
     LlamaForCausalLM,
     LlamaModel,
-    LlamaPreTrainedModel,
+    MistralForCausalLM,
+    MistralModel,
     PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
 )
 from transformers.generation import GenerationMode
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from longgen_kernels import AttentionPattern
 from model_integration import attention
 from model_integration.cache import LongGenCache
-from model_integration.configuration import LongGenLlamaConfig
+from model_integration.configuration import (
+    LongGenConfig,
+    LongGenLlamaConfig,
+    LongGenMistralConfig,
+    LongGenQwen2Config,
+    LongGenQwen3Config,
+)
 from model_integration.context_parallel import SequenceShard
 from model_integration.layout import SequenceLayout
+from model_integration.loss import next_token_loss
 
 
-class LongGenLlamaPreTrainedModel(LlamaPreTrainedModel):
-    """What the hybrid changes about a Llama model's loading and saving."""
+class LongGenPreTrainedModel(PreTrainedModel):
+    """What a hybrid changes about a dense model's loading and saving."""
 
-    config: LongGenLlamaConfig  # transformers reads this annotation as a class, so annotations stay unpostponed here
+    config: LongGenConfig  # transformers reads this annotation as a class, so annotations stay unpostponed here
     _supports_flash_attn = False  # its kernels take no mask: a hybrid would run dense
 
     def get_correct_attn_implementation(self, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
@@ -61,21 +76,19 @@ class LongGenLlamaPreTrainedModel(LlamaPreTrainedModel):
         The frequencies are no parameters: they are in no checkpoint, and a config edited after the model was built
         does not reach them.
         """
-        expected = LlamaRotaryEmbedding(self.config).inv_freq
-        for name, module in self.named_modules():
-            if isinstance(module, LlamaRotaryEmbedding):
-                actual = module.original_inv_freq.float().cpu()
-                if not torch.allclose(actual, expected.cpu(), rtol=1e-2, atol=0.0):
-                    raise RuntimeError(
-                        f"{name} does not rotate with the config's rope_theta={self.config.rope_theta:g}: "
-                        "set it before the model is built, for example from_pretrained(path, rope_theta=...)"
-                    )
+        rotary = self.base_model.rotary_emb
+        expected, actual = type(rotary)(self.config).inv_freq, rotary.original_inv_freq.float()
+        if not torch.allclose(actual.cpu(), expected.cpu(), rtol=1e-2, atol=0.0):
+            raise RuntimeError(
+                f"the model does not rotate with the config's rope_theta={self.config.rope_theta:g}: "
+                "set it before the model is built, for example from_pretrained(path, rope_theta=...)"
+            )
 
 
-class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
-    """LlamaModel with `config.layer_patterns[i]` as `layers[i].self_attn.pattern`."""
+class LongGenModel(LongGenPreTrainedModel):
+    """A decoder with `config.layer_patterns[i]` as `layers[i].self_attn.pattern`."""
 
-    def __init__(self, config: LongGenLlamaConfig) -> None:
+    def __init__(self, config: LongGenConfig) -> None:
         super().__init__(config)
         for layer, pattern in zip(self.layers, config.layer_patterns, strict=True):
             layer.self_attn.pattern = pattern
@@ -93,7 +106,7 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
         sequence_shard: SequenceShard | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As LlamaModel's, with a mask for each pattern.
+        """As the dense model's, with a mask for each pattern.
 
         Args:
             input_ids: (batch, tokens), or inputs_embeds (batch, tokens, hidden_size).
@@ -193,21 +206,63 @@ class LongGenLlamaModel(LongGenLlamaPreTrainedModel, LlamaModel):
         }
 
 
-class LongGenLlamaForCausalLM(LongGenLlamaPreTrainedModel, LlamaForCausalLM):
-    """A LongGen hybrid with a language-modelling head.
+class LongGenForCausalLM(LongGenPreTrainedModel):
+    """A hybrid with a language-modelling head.
 
-    Loads its own checkpoints and Llama's, whose parameters have the same names:
+    Loads its own checkpoints and the dense model's, whose parameters have the same names:
 
-        config = LongGenLlamaConfig.from_llama(AutoConfig.from_pretrained(llama), rope_theta=5e6)
+        config = LongGenLlamaConfig.from_dense(AutoConfig.from_pretrained(llama), rope_theta=5e6)
         model = LongGenLlamaForCausalLM.from_pretrained(llama, config=config)
     """
 
-    def __init__(self, config: LongGenLlamaConfig) -> None:
-        PreTrainedModel.__init__(self, config)  # LlamaForCausalLM's own would build a dense LlamaModel
-        self.model = LongGenLlamaModel(config)
+    decoder_class: type[LongGenModel]
+
+    def __init__(self, config: LongGenConfig) -> None:
+        PreTrainedModel.__init__(self, config)  # the dense class's own would build a dense decoder
+        self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As the dense model's; with labels the output has a loss and no logits, which never exist all at once.
+
+        Args:
+            labels: (batch, tokens) int64, unshifted; -100 does not count.
+            logits_to_keep: how many of the last tokens get logits, or which; 0: all. None: all without labels, none
+                with them. With labels, anything but None computes the loss from those logits, as the dense model does.
+            num_items_in_batch: what the summed loss is divided by; by default the number of labels that count.
+        """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+        }
+        if labels is None or logits_to_keep is not None or self.loss_function is not ForCausalLMLoss:
+            keep = 0 if logits_to_keep is None else logits_to_keep
+            return super().forward(**inputs, labels=labels, logits_to_keep=keep, **kwargs)
+        outputs = self.model(**inputs, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=next_token_loss(outputs.last_hidden_state, self.lm_head, labels, self.config.vocab_size, **kwargs),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -234,3 +289,67 @@ class LongGenLlamaForCausalLM(LongGenLlamaPreTrainedModel, LlamaForCausalLM):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+
+class LongGenLlamaModel(LongGenModel, LlamaModel):
+    """LlamaModel as a hybrid."""
+
+    config: LongGenLlamaConfig
+
+
+class LongGenLlamaForCausalLM(LongGenForCausalLM, LlamaForCausalLM):
+    """LlamaForCausalLM as a hybrid."""
+
+    config: LongGenLlamaConfig
+    decoder_class = LongGenLlamaModel
+
+
+class LongGenMistralModel(LongGenModel, MistralModel):
+    """MistralModel as a hybrid."""
+
+    config: LongGenMistralConfig
+
+
+class LongGenMistralForCausalLM(LongGenForCausalLM, MistralForCausalLM):
+    """MistralForCausalLM as a hybrid."""
+
+    config: LongGenMistralConfig
+    decoder_class = LongGenMistralModel
+
+
+class LongGenQwen2Model(LongGenModel, Qwen2Model):
+    """Qwen2Model as a hybrid."""
+
+    config: LongGenQwen2Config
+
+
+class LongGenQwen2ForCausalLM(LongGenForCausalLM, Qwen2ForCausalLM):
+    """Qwen2ForCausalLM as a hybrid."""
+
+    config: LongGenQwen2Config
+    decoder_class = LongGenQwen2Model
+
+
+class LongGenQwen3Model(LongGenModel, Qwen3Model):
+    """Qwen3Model as a hybrid."""
+
+    config: LongGenQwen3Config
+
+
+class LongGenQwen3ForCausalLM(LongGenForCausalLM, Qwen3ForCausalLM):
+    """Qwen3ForCausalLM as a hybrid."""
+
+    config: LongGenQwen3Config
+    decoder_class = LongGenQwen3Model
+
+
+#: A hybrid's model with a language-modelling head, by its config.
+HYBRID_MODELS: dict[type[LongGenConfig], type[LongGenForCausalLM]] = {
+    model.config_class: model
+    for model in (
+        LongGenLlamaForCausalLM,
+        LongGenMistralForCausalLM,
+        LongGenQwen2ForCausalLM,
+        LongGenQwen3ForCausalLM,
+    )
+}

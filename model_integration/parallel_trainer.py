@@ -25,7 +25,7 @@ from transformers import TrainerState, get_scheduler
 
 from model_integration.context_parallel import SequenceShard
 from model_integration.data import TokenBlocks
-from model_integration.modeling import LongGenLlamaForCausalLM
+from model_integration.modeling import LongGenForCausalLM
 from model_integration.reporting import BITS_PER_BYTE, ProgressBar
 from model_integration.sharded_checkpoint import TrainingState, load_checkpoint, save_checkpoint
 
@@ -33,7 +33,7 @@ IGNORED = -100
 MAX_GRAD_NORM = 1.0
 
 
-def shard_model(model: LongGenLlamaForCausalLM, mesh: DeviceMesh, *, compute_in_bf16: bool) -> None:
+def shard_model(model: LongGenForCausalLM, mesh: DeviceMesh, *, compute_in_bf16: bool) -> None:
     """Shard parameters, gradients and so the optimizer over a mesh, layer by layer, in place.
 
     Gradients are averaged over the processes, in fp32.
@@ -73,7 +73,7 @@ class ParallelTrainer:
     def __init__(
         self,
         args: argparse.Namespace,
-        model: LongGenLlamaForCausalLM,
+        model: LongGenForCausalLM,
         train: TokenBlocks,
         held_out: TokenBlocks,
         mesh: DeviceMesh,

@@ -20,8 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from model_integration.arguments import OneLineParser, build_parser, parse_arguments
+from model_integration.arguments import build_parser, parse_arguments
 from model_integration.attention import NAME
+from model_integration.command_line import OneLineParser
 from model_integration.context_parallel import EXCHANGES, Sharding
 from model_integration.context_parallel.traffic import bytes_by_heads, bytes_by_keys
 from model_integration.data import DataError, TokenBlocks
@@ -73,6 +74,10 @@ def parse_parallel_arguments(argv: list[str] | None, processes: int) -> argparse
         parser.error(f"--sequence-parallel={shared} needs --attn-implementation {NAME}, not {args.attn_implementation}")
     if args.exchange == "heads" and heads < shared:
         parser.error(f"--exchange heads needs --sequence-parallel of at most {heads}, the query heads; got {shared}")
+    if args.lora_rank is not None or args.compile:
+        parser.error(
+            "--lora-rank and --compile are for finetune: neither adapters nor compiled layers are sharded here"
+        )
     if args.optimizer not in OPTIMIZERS:
         parser.error(f"--optimizer must be one of {', '.join(OPTIMIZERS)} here, got {args.optimizer}")
     return args
@@ -135,8 +140,6 @@ def train_parallel(args: argparse.Namespace, device: torch.device) -> dict[str, 
             raise DataError(f"the {name} text is shorter than one sequence of {args.seq_length} tokens")
     checkpoint = on_first_process(lambda: prepare_output(args))
     model = build_model(args)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     shard_model(model, init_device_mesh(device.type, (processes,)), compute_in_bf16=args.precision == "bf16")
     mesh = init_device_mesh(
         device.type,

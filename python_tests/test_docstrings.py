@@ -5,18 +5,21 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+from pathlib import Path
 
 import pytest
 
 import longgen_kernels
 
+ROOT = Path(longgen_kernels.__path__[0]).parent
 MODULES = [
-    "longgen_kernels",
-    *(
-        module.name
-        for module in pkgutil.walk_packages(longgen_kernels.__path__, "longgen_kernels.")
-        if module.name.split(".")[-1] not in ("_C", "__main__")
-    ),
+    name
+    for package in ("longgen_kernels", "model_integration")
+    for name in (
+        package,
+        *(module.name for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}.")),
+    )
+    if name.split(".")[-1] not in ("_C", "__main__")
 ]
 
 
@@ -24,5 +27,7 @@ MODULES = [
 def test_examples(name: str) -> None:
     if name.startswith("longgen_kernels.kernels.triton"):
         pytest.importorskip("triton")
+    if name.startswith("model_integration"):
+        pytest.importorskip("transformers")
     failed, _ = doctest.testmod(importlib.import_module(name))
     assert failed == 0, "doctest printed what differs"

@@ -156,7 +156,7 @@ def test_continuation_with_the_cache_of_an_earlier_call(sparse, masked, tokens):
 def test_an_assistant_that_is_a_hybrid_too(sparse, masked, tokens):
     torch.manual_seed(2)
     assistant = LongGenLlamaForCausalLM(
-        LongGenLlamaConfig.from_llama(sparse.config, num_hidden_layers=2, full_layers=[])
+        LongGenLlamaConfig.from_dense(sparse.config, num_hidden_layers=2, full_layers=[])
     )
     for draft in (assistant, sparse):  # nearly all its drafts are wrong, or all of them right
         draft.generation_config.num_assistant_tokens = 16
@@ -296,7 +296,7 @@ def test_what_the_cache_cannot_do_is_refused(sparse, masked, tokens):
             masked(**more)
         with pytest.raises(ValueError, match='only serves LongGen hybrids with attn_implementation="longgen"'):
             LlamaForCausalLM(LlamaConfig(**SMALL))(**more)
-        other = LongGenCache(LongGenLlamaConfig.from_llama(sparse.config, full_layers=[2]))
+        other = LongGenCache(LongGenLlamaConfig.from_dense(sparse.config, full_layers=[2]))
         with pytest.raises(ValueError, match="layer 1 has another pattern"):
             sparse(tokens, past_key_values=other)
     with pytest.raises(RuntimeError, match=r"no gradient: call the model under torch.no_grad\(\)"):

@@ -99,7 +99,7 @@ def test_rope_base_is_never_ignored(tmp_path):
         config.rope_theta = 0.0
 
 
-def test_from_llama_keeps_the_fields_and_the_rope_scaling():
+def test_from_dense_keeps_the_fields_and_the_rope_scaling():
     scaling = {
         "rope_type": "llama3",
         "rope_theta": 500000.0,
@@ -109,11 +109,11 @@ def test_from_llama_keeps_the_fields_and_the_rope_scaling():
         "original_max_position_embeddings": 8192,
     }
     llama = LlamaConfig(num_hidden_layers=3, hidden_size=96, num_attention_heads=3, rope_parameters=dict(scaling))
-    hybrid = LongGenLlamaConfig.from_llama(llama, full_layers=[0], rope_theta=5e6)
+    hybrid = LongGenLlamaConfig.from_dense(llama, full_layers=[0], rope_theta=5e6)
     assert (hybrid.hidden_size, hybrid.head_dim, hybrid.model_type) == (96, 32, "longgen_llama")
     assert hybrid.rope_parameters == {**scaling, "rope_theta": 5e6}
     assert llama.rope_parameters["rope_theta"] == 500000.0
-    again = LongGenLlamaConfig.from_llama(hybrid)
+    again = LongGenLlamaConfig.from_dense(hybrid)
     assert again.full_layer_indices == (0,)
 
 

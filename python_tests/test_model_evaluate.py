@@ -87,7 +87,7 @@ def checkpoints(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(path / "dense")
     for name, full_layers in (("hybrid", [1]), ("sparse", [])):
-        hybrid = LongGenLlamaConfig.from_llama(
+        hybrid = LongGenLlamaConfig.from_dense(
             config, sparse_pattern=AttentionPattern.sink_window(4, 16), full_layers=full_layers
         )
         LongGenLlamaForCausalLM.from_pretrained(path / "dense", config=hybrid).save_pretrained(path / name)
@@ -315,7 +315,7 @@ def test_resumes_after_a_kill_and_grows(checkpoints, text, tmp_path, capsys):
         ("{models}/dense --device tpu9", "--device tpu9: no such device; valid are cpu, cuda and cuda:N"),
         ("{models}/dense --device cuda:99", "--device cuda:99: this machine has"),
         ("{models}/dense --dtype int8", "invalid choice: 'int8'"),
-        ("{models}/dense --attn-implementation longgen", "needs a longgen_llama checkpoint"),
+        ("{models}/dense --attn-implementation longgen", "needs a LongGen checkpoint"),
         ("{models}/dense --backend reference", "--backend reference needs --attn-implementation longgen, not sdpa"),
         ("{models}/hybrid --backend triton", "--backend triton needs a CUDA GPU"),
         ("{models}/hybrid --attn-implementation flash_attention_2", "invalid choice: 'flash_attention_2'"),

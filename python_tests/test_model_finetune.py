@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaForCausalLM, finetune, generate
@@ -119,6 +119,77 @@ def test_a_llama_checkpoint_becomes_a_hybrid(llama, texts, tmp_path):
     assert len(AutoTokenizer.from_pretrained(run / "final")) == 257
 
 
+LORA = ["--lora-rank", "2", "--learning-rate", "1e-2", "--window", "8", "--sink", "2"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-weights"])
+def test_adapters_are_trained_and_merged(precision, llama, texts, tmp_path, capsys):
+    """`final` is a whole checkpoint: the linear layers of the decoder differ from the start by matrices of rank 2."""
+    pytest.importorskip("peft")
+    run = tmp_path / "run"
+    arguments = ["--model", str(llama), "--data", str(texts), "--output-dir", str(run), *MICRO, *STEPS, *LORA]
+    finetune.main([*arguments, "--precision", precision, "--gradient-checkpointing"])
+    assert re.search(r"^[\d,]+ parameters, 2,784 of them trained; ", capsys.readouterr().out, re.M)
+    losses = [entry["loss"] for entry in history(run) if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert (run / "checkpoint-8" / "adapter_model.safetensors").is_file()
+    assert not (run / "checkpoint-8" / "model.safetensors").exists()
+
+    tuned, info = AutoModelForCausalLM.from_pretrained(run / "final", output_loading_info=True, dtype=torch.float32)
+    assert isinstance(tuned, LongGenLlamaForCausalLM)
+    assert not any(info.values())
+    assert tuned.config.use_cache
+    before = LlamaForCausalLM.from_pretrained(llama).state_dict()
+    dtype = torch.bfloat16 if precision == "bf16-weights" else torch.float32
+    for name, weights in tuned.state_dict().items():
+        change = weights - before[name].to(dtype).float()
+        if "proj" not in name:
+            assert not change.any(), name
+        elif precision == "bf16-weights":
+            assert change.any(), name
+        else:
+            assert torch.linalg.matrix_rank(change, rtol=1e-3) == 2, name
+
+
+def test_adapters_resume_exactly(llama, texts, tmp_path):
+    pytest.importorskip("peft")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    common = ["--model", str(llama), "--data", str(texts), *MICRO, *STEPS, *LORA]
+    finetune.main([*common, "--output-dir", str(whole)])
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoint-8")
+    shutil.rmtree(cut / "final")
+    finetune.main([*common, "--output-dir", str(cut), "--resume"])
+    assert history(cut) == history(whole)
+
+
+def test_adapters_compiled_checkpointed_in_bf16(llama, texts, tmp_path, monkeypatch):
+    """All together give the losses of adapters alone, to what bf16 can tell."""
+    pytest.importorskip("peft")
+    # A compiler of C++ would take a minute; what is traced is the same.
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend="aot_eager"))
+    common = ["--model", str(llama), "--data", str(texts), *MICRO, *STEPS, *LORA]
+    finetune.main([*common, "--output-dir", str(tmp_path / "plain")])
+    torch._dynamo.utils.counters.clear()
+    together = ["--compile", "--gradient-checkpointing", "--precision", "bf16"]
+    finetune.main([*common, "--output-dir", str(tmp_path / "together"), *together])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    plain, compiled = (
+        [value for entry in history(tmp_path / run) for name, value in entry.items() if name.endswith("loss")]
+        for run in ("plain", "together")
+    )
+    assert compiled == pytest.approx(plain, rel=2e-3)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "together" / "final"), LongGenLlamaForCausalLM)
+
+
+def test_adapters_need_peft(llama, texts, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit):
+        finetune.main(["--model", str(llama), "--data", str(texts), "--lora-rank", "2"])
+    assert "--lora-rank needs the peft package: pip install peft" in capsys.readouterr().err
+
+
 def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
     first = parse_arguments(["--model", str(llama), "--full-layers", "2", "--sink", "3", "--window", "5"])
     LongGenLlamaForCausalLM(first.config).save_pretrained(tmp_path / "hybrid")
@@ -138,7 +209,7 @@ def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
         ("--model {tmp}/nowhere", "no such directory"),
         ("--model {tmp}", "no config.json"),
         ("--model {llama}/../bare", "no weights"),
-        ("--model {llama}/../mistral", "a mistral model"),
+        ("--model {llama}/../gpt2", "a gpt2 model; what can become a hybrid is llama, longgen_llama, "),
         ("--model {llama} --full-layers 3", "full_layers must be distinct indices in [0, 3)"),
         ("--data {tmp}/nowhere.txt", "no such file or directory"),
         ("--data {tmp}/empty", "no .txt, .md, .py, .jsonl files"),
@@ -157,6 +228,10 @@ def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
         ("--learning-rate 0", "--learning-rate must be positive"),
         ("--held-out 1", "--held-out must lie between"),
         ("--rope-base 0.5", "rope_theta must be above 1"),
+        ("--lora-rank 4", "--lora-rank needs --model"),
+        ("--model {llama} --lora-rank 0", "--lora-rank must be at least 1, got 0"),
+        ("--model {llama} --lora-alpha 8", "--lora-alpha needs --lora-rank"),
+        ("--model {llama} --lora-rank 4 --lora-alpha 0", "--lora-alpha must be positive, got 0.0"),
         ("--backend triton --device cpu", "needs a CUDA GPU"),
         ("--backend cuda --device cpu", "needs a CUDA GPU"),
         ("--backend reference --attn-implementation sdpa", "needs --attn-implementation longgen"),
@@ -172,9 +247,9 @@ def test_a_hybrid_keeps_its_schedule_and_pattern(llama, texts, tmp_path):
 def test_what_cannot_work_ends_in_one_line(arguments, message, llama, texts, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "used" / "checkpoint-4").mkdir(parents=True)
-    for name, config in (("bare", LlamaConfig()), ("mistral", MistralConfig())):
+    for name, config in (("bare", LlamaConfig()), ("gpt2", GPT2Config())):
         config.save_pretrained(llama.parent / name)
-    (llama.parent / "mistral" / "model.safetensors").touch()
+    (llama.parent / "gpt2" / "model.safetensors").touch()
     with pytest.raises(SystemExit) as exit_status:
         finetune.main(arguments.format(tmp=tmp_path, llama=llama, texts=texts).split())
     assert exit_status.value.code == 2

@@ -46,7 +46,7 @@ def llama_dir(tmp_path_factory):
 @pytest.fixture(scope="module", params=[SINK_WINDOW, STRIDED], ids=["sink_window", "strided"])
 def hybrid_dir(request, llama_dir, tmp_path_factory):
     path = tmp_path_factory.mktemp("hybrid")
-    config = LongGenLlamaConfig.from_llama(LlamaConfig(**SMALL), sparse_pattern=request.param, full_layers=[1])
+    config = LongGenLlamaConfig.from_dense(LlamaConfig(**SMALL), sparse_pattern=request.param, full_layers=[1])
     LongGenLlamaForCausalLM.from_pretrained(llama_dir, config=config).save_pretrained(path)
     return path
 
@@ -71,7 +71,7 @@ def logits(model, tokens, **kwargs):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_hybrid_of_full_layers_is_the_llama_checkpoint(llama_dir, tokens, implementation):
-    config = LongGenLlamaConfig.from_llama(LlamaConfig(**SMALL), full_ratio=1.0)
+    config = LongGenLlamaConfig.from_dense(LlamaConfig(**SMALL), full_ratio=1.0)
     llama = LlamaForCausalLM.from_pretrained(llama_dir, attn_implementation=implementation)
     same, info = LongGenLlamaForCausalLM.from_pretrained(
         llama_dir, config=config, attn_implementation=implementation, output_loading_info=True
@@ -82,7 +82,7 @@ def test_a_hybrid_of_full_layers_is_the_llama_checkpoint(llama_dir, tokens, impl
 
 
 def test_full_layers_under_longgen_match_llama(llama_dir, tokens):
-    config = LongGenLlamaConfig.from_llama(LlamaConfig(**SMALL), full_ratio=1.0)
+    config = LongGenLlamaConfig.from_dense(LlamaConfig(**SMALL), full_ratio=1.0)
     hybrid = LongGenLlamaForCausalLM.from_pretrained(llama_dir, config=config)
     torch.testing.assert_close(logits(hybrid, tokens), logits(LlamaForCausalLM.from_pretrained(llama_dir), tokens))
 

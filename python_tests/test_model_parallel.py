@@ -184,6 +184,7 @@ def test_a_model_refuses_what_a_shard_excludes(config, inputs, error):
         ("--seq-length 3 --max-steps 5", "--seq-length must be at least --sequence-parallel=4"),
         ("--attn-implementation sdpa", "needs --attn-implementation longgen, not sdpa"),
         ("--optimizer adafactor", "--optimizer must be one of adamw_torch, adamw_torch_fused here, got adafactor"),
+        ("--compile", "--lora-rank and --compile are for finetune"),
         ("--exchange rings", "invalid choice"),
     ],
 )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longgen_kernels import AttentionPattern
-from model_integration.configuration import LongGenLlamaConfig
+from model_integration.configuration import LongGenConfig
 from model_integration.context_parallel.heads import attend_by_heads
 from model_integration.context_parallel.keys import attend_by_keys
 from model_integration.context_parallel.sharding import Sharding
@@ -114,7 +114,7 @@ class SequenceShard:
             return self.exchange
         return cheaper_exchange(self.sharding, pattern, heads, kv_heads, device)
 
-    def check(self, config: LongGenLlamaConfig, batch_size: int, tokens: int, **others: object) -> None:
+    def check(self, config: LongGenConfig, batch_size: int, tokens: int, **others: object) -> None:
         """Raise ValueError or NotImplementedError unless a model of this config can run the shard.
 
         Args:

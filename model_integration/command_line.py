@@ -1,0 +1,122 @@
+"""What the commands share: errors in one line, a checkpoint's config, and the options that make a model a hybrid."""
+
+from __future__ import annotations
+
+import argparse
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from longgen_kernels import AttentionPattern
+from model_integration.configuration import FULL_PLACEMENTS, HYBRID_CONFIGS, LongGenConfig
+
+PATTERN_OPTIONS = ("sink", "window", "window_blocks", "stride", "block_size", "head_phase_step")
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with one line for an error, instead of the usage of forty options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+class UsageError(ValueError):
+    """An option, or a combination, that cannot work; the message is one line."""
+
+
+def checkpoint_config(path: Path, option: str) -> Any:
+    """The config in a checkpoint directory; UsageError, naming the option, where there is none or no weights."""
+    if not path.is_dir():
+        raise UsageError(f"{option} {path}: no such directory")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{option} {path}: no config.json, so no checkpoint")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise UsageError(f"{option} {path}: no weights (*.safetensors or pytorch_model*.bin)")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:  # malformed files raise whatever their parser raises
+        raise UsageError(f"{option} {path}: config.json cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def convertible_config(path: Path, option: str) -> PreTrainedConfig:
+    """The config of a checkpoint that can become a hybrid, or is one; UsageError for others."""
+    config = checkpoint_config(path, option)
+    if config.model_type not in HYBRID_CONFIGS:
+        raise UsageError(
+            f"{option} {path}: a {config.model_type} model; what can become a hybrid is {', '.join(HYBRID_CONFIGS)}"
+        )
+    return config
+
+
+def share(text: str) -> float:
+    """A number, or a fraction of whole ones: 0.25 and 1/3."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number and no fraction such as 1/3") from error
+
+
+def add_hybrid_options(parser: argparse.ArgumentParser, sink: str, window: str) -> None:
+    """Add the options that `hybrid_config` reads; `sink` and `window` are the help's words for their defaults."""
+    group = parser.add_argument_group("full layers and positions")
+    group.add_argument("--full-ratio", type=share, help="share of layers with full attention (1/3)")
+    group.add_argument("--full-placement", choices=FULL_PLACEMENTS, help="where they are (middle)")
+    group.add_argument(
+        "--full-layers", type=int, nargs="+", metavar="I", help="their indices, instead of the two above"
+    )
+    group.add_argument("--rope-base", type=float, help="RoPE base, such as 5e6 for 128K tokens (as it is)")
+
+    group = parser.add_argument_group("pattern of the sparse layers")
+    group.add_argument("--sink", type=int, help=f"first tokens that stay visible ({sink})")
+    group.add_argument("--window", type=int, help=f"last tokens that stay visible ({window})")
+    group.add_argument("--window-blocks", type=int, help="window in blocks of --block-size, instead of --window")
+    group.add_argument("--stride", type=int, help="of every STRIDE blocks one stays visible")
+    group.add_argument("--block-size", type=int, help="tokens in a block, a power of two")
+    group.add_argument("--head-phase-step", type=int, help="shift of the strided blocks from KV head to KV head (1)")
+
+
+def given_pattern(args: argparse.Namespace, sink: int, window: int) -> dict[str, Any] | None:
+    """AttentionPattern's arguments as the options describe them; None when no option speaks of a pattern.
+
+    `sink` and `window` stand in where only others are given.
+    """
+    given = {name: getattr(args, name) for name in PATTERN_OPTIONS if getattr(args, name) is not None}
+    if not given:
+        return None
+    if "window_blocks" not in given:
+        given.setdefault("window", window)
+    given.setdefault("sink", sink)
+    if "stride" in given:
+        given.setdefault("head_phase_step", 1)
+    return given
+
+
+def hybrid_config(
+    args: argparse.Namespace, source: PreTrainedConfig, pattern: dict[str, Any] | None, **changes: Any
+) -> LongGenConfig:
+    """The hybrid of `source` that the options describe, with further `changes` of its fields.
+
+    Args:
+        pattern: AttentionPattern's arguments; None leaves a hybrid its own and gives others the default.
+
+    Raises UsageError where the options contradict each other or the model.
+    """
+    if args.full_layers is not None and (args.full_ratio is not None or args.full_placement is not None):
+        raise UsageError("--full-layers excludes --full-ratio and --full-placement")
+    for option, field in (
+        ("full_ratio", "full_ratio"),
+        ("full_placement", "full_placement"),
+        ("rope_base", "rope_theta"),
+    ):
+        if getattr(args, option) is not None:
+            changes[field] = getattr(args, option)
+    if args.full_layers is not None or args.full_ratio is not None or args.full_placement is not None:
+        changes["full_layers"] = args.full_layers
+    try:
+        if pattern is not None:
+            changes["sparse_pattern"] = AttentionPattern(**pattern)
+        return HYBRID_CONFIGS[source.model_type].from_dense(source, **changes)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
