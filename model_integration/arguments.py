@@ -58,7 +58,10 @@ SMALL_MODEL: dict[str, Any] = {
 }
 
 #: Options that may differ between a run and its continuation: they say where and how fast, not what.
-FREE_ON_RESUME = ("recipe", "output_dir", "resume", "overwrite", "attn_implementation", "backend", "compile", "device")
+FREE_ON_RESUME = (
+    "recipe", "output_dir", "resume", "overwrite", "attn_implementation", "backend", "compile", "device",
+    "sequence_parallel", "exchange",
+)  # fmt: skip
 
 
 def token_count(text: str) -> int:
@@ -162,12 +165,13 @@ def build_parser() -> OneLineParser:
     return parser
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None, parser: OneLineParser | None = None) -> argparse.Namespace:
     """The checked options, defaults filled in and `config` (the hybrid's) added.
 
-    Bad paths and impossible combinations end the process with status 2 and one line.
+    `parser` is `build_parser()`'s, with further options of the caller's. Bad paths and impossible combinations end the
+    process with status 2 and one line.
     """
-    parser = build_parser()
+    parser = build_parser() if parser is None else parser
     try:
         args = parser.parse_args(with_recipe(sys.argv[1:] if argv is None else argv))
     except UsageError as error:

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longgen_kernels import AttentionPattern, longgen_attn_func, longgen_attn_varlen_func
 from model_integration.cache import CacheStep
+from model_integration.context_parallel import SequenceShard
 from model_integration.layout import SequenceLayout
 
 NAME = "longgen"
@@ -24,7 +25,7 @@ def longgen_attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: SequenceLayout | CacheStep | Tensor | None,
+    attention_mask: SequenceLayout | CacheStep | SequenceShard | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -38,7 +39,7 @@ def longgen_attention_forward(
         query: (batch, heads, q_length, head_dim), after RoPE.
         key, value: (batch, kv_heads, kv_length, head_dim), the cached tokens included but with a CacheStep.
         attention_mask: a SequenceLayout; or a CacheStep, in whose cache the layer's earlier keys are; or a
-            (batch, kv_length) padding mask; or None.
+            SequenceShard, of which other ranks hold the rest; or a (batch, kv_length) padding mask; or None.
         cu_seq_lens_q, max_length_q: boundaries of packed sequences, read when attention_mask is None.
 
     Returns: output (batch, q_length, heads, head_dim), and None for the attention weights.
@@ -52,7 +53,7 @@ def longgen_attention_forward(
     # Under autocast RoPE leaves q and k in fp32 while v is 16-bit.
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else value.dtype
     q, k, v = (t.transpose(1, 2).to(dtype) for t in (query, key, value))
-    if isinstance(attention_mask, CacheStep):
+    if isinstance(attention_mask, CacheStep | SequenceShard):
         return attention_mask.attend(module, q, k, v, scaling), None
     layout = attention_mask
     if not isinstance(layout, SequenceLayout):

@@ -37,6 +37,7 @@ from model_integration.configuration import (
     LongGenQwen2Config,
     LongGenQwen3Config,
 )
+from model_integration.context_parallel import SequenceShard
 from model_integration.layout import SequenceLayout
 from model_integration.loss import next_token_loss
 
@@ -102,6 +103,7 @@ class LongGenModel(LongGenPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        sequence_shard: SequenceShard | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """As the dense model's, with a mask for each pattern.
@@ -111,6 +113,8 @@ class LongGenModel(LongGenPreTrainedModel):
             attention_mask: (batch, cached + new tokens), 0 for padding on either side; 4-D masks raise ValueError.
             position_ids: (batch or 1, tokens); where they restart, a packed sequence begins.
             past_key_values: a LongGenCache keeps what the patterns can still show; any other keeps every token.
+            sequence_shard: the batch is this rank's part of longer sequences, packed as the shard says; position_ids
+                then only rotate. No mask and no cache with it.
             cu_seq_lens_q, max_length_q: boundaries of packed sequences, as DataCollatorWithFlattening gives them.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -121,11 +125,25 @@ class LongGenModel(LongGenPreTrainedModel):
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, q_length = hidden_states.shape[:2]
+        if sequence_shard is not None:
+            if self.config._attn_implementation != attention.NAME:
+                raise ValueError(
+                    f"sequence_shard needs attn_implementation={attention.NAME!r}, "
+                    f"got {self.config._attn_implementation!r}"
+                )
+            excluded = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+            excluded["cu_seq_lens_q"] = kwargs.get("cu_seq_lens_q")
+            sequence_shard.check(self.config, batch_size, q_length, **excluded)
+            use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         layer_cache = past_key_values
-        if isinstance(past_key_values, LongGenCache) and self.config._attn_implementation == attention.NAME:
+        masks: dict[AttentionPattern, Any]
+        if sequence_shard is not None:
+            masks = {layer.self_attn.pattern: sequence_shard for layer in self.layers}
+            position_ids = sequence_shard.position_ids(hidden_states.device) if position_ids is None else position_ids
+        elif isinstance(past_key_values, LongGenCache) and self.config._attn_implementation == attention.NAME:
             # The attention function appends and attends in one: it finds the cache in its mask, the layers none.
             packing = kwargs.get("cu_seq_lens_q")
             step = past_key_values.step(
