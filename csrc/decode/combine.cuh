@@ -84,8 +84,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Ti
 // level-1 cache.
 template <typename Traits>
 __device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile) {
-  constexpr int kAtOnce =
-      Traits::kHeadDim > 64 ? 12 : 8;  // splits: reads that are waited for together
+  constexpr int kAtOnce = 16;  // splits: reads that are waited for together
   constexpr int kPairs = Traits::kHeadDim / 2;
   const float* const part_lse = params.part_lse + tile.index * params.splits * Traits::kRows;
   const float2* const part_out = reinterpret_cast<const float2*>(params.part_out) +
@@ -93,18 +92,21 @@ __device__ __forceinline__ void merge_splits(const DecodeParams& params, const T
 #pragma unroll 1
   for (int i = threadIdx.x; i < tile.rows * kPairs; i += Traits::kThreads) {
     const int row = i / kPairs, column = i % kPairs * 2;
+    const float* next_lse = part_lse + row;
+    const float2* next = part_out + i;
     float largest = -INFINITY, sum = 0.f;
     float2 out{0.f, 0.f};
 #pragma unroll 1
-    for (int first = 0; first < params.splits; first += kAtOnce) {
+    for (int left = params.splits; left > 0; left -= kAtOnce) {
       float lse[kAtOnce];
       float2 x[kAtOnce];
 #pragma unroll
       for (int s = 0; s < kAtOnce; ++s) {
-        const bool exists = first + s < params.splits;
-        lse[s] = exists ? __ldcg(part_lse + (first + s) * Traits::kRows + row) : -INFINITY;
-        x[s] = exists ? __ldcg(part_out + (first + s) * Traits::kRows * kPairs + i) : float2{};
+        lse[s] = s < left ? __ldcg(next_lse + s * Traits::kRows) : -INFINITY;
+        x[s] = s < left ? __ldcg(next + s * Traits::kRows * kPairs) : float2{};
       }
+      next_lse += kAtOnce * Traits::kRows;
+      next += kAtOnce * Traits::kRows * kPairs;
       const float before = largest;
 #pragma unroll
       for (int s = 0; s < kAtOnce; ++s) largest = fmaxf(largest, lse[s]);

@@ -53,17 +53,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   if (wrote) __syncthreads();
 
   WarpStream<Traits> stream(params, slots, tile, p0);
-  stream.start(share.first + warp, share.last);
-  if (params.new_tokens.advance) {
-    // Every thread has used the length that it read. The last block of the sequence to come here
-    // replaces it.
-    __syncthreads();
-    if (threadIdx.x == 0 && counts_last(params.tickets + sequence, gridDim.x * gridDim.y))
-      params.cache.seqlens[sequence] = end;
-  }
-  stream.run();
+  stream.run(share.first + warp, share.last);
   stream.store(shared.out[warp], shared.maximum[warp], shared.sum[warp]);
   __syncthreads();
+  // Every thread has used the length that it read. The last block of the sequence to come here
+  // replaces it.
+  if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1 &&
+      counts_last(params.tickets + sequence, gridDim.x * gridDim.y))
+    params.cache.seqlens[sequence] = end;
 
   const int64_t part = (tile.index * params.splits + split) * Traits::kRows;
   merge_warps<Traits>(params, tile, shared, params.part_out + part * Traits::kHeadDim,

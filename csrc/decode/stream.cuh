@@ -51,61 +51,33 @@ class WarpStream {
     }
   }
 
-  // Starts reading the first of this warp's chunks: first, first + kWarps, ... below end.
-  __device__ __forceinline__ void start(int first, int end) {
-    chunk_ = first;
-    end_ = end;
-    if (chunk_ >= end_) return;
-    locate(chunk_);
-    load_keys();
-    if constexpr (kReadsAhead) {
-#pragma unroll
-      for (int i = 0; i < kKeyLoads; ++i) load_queries(q_[i], i);
-      load_values();
-    }
-  }
-
-  // Attends to the chunks.
-  __device__ __forceinline__ void run() {
-    while (chunk_ < end_) {
+  // Attends to the chunks first, first + kWarps, ... below end. The first round only asks for one:
+  // one place in the code finds chunks, and the instructions of a short call are soon there.
+  __device__ __forceinline__ void run(int first, int end) {
+    bool has = false;  // a chunk to attend to
+    for (int chunk = first;; chunk += Traits::kWarps) {
+      const bool more = chunk < end;
       float s[2][4];
-      scores(s);
-      if constexpr (!kReadsAhead) load_values();
+      if (has) {
+        scores(s);
+        if constexpr (!kReadsAhead) load_values();
+      }
       const bool whole = whole_;
       const int position = position_, until = until_;
-      chunk_ += Traits::kWarps;
-      const bool more = chunk_ < end_;
       if (more) {
-        locate(chunk_);
+        locate(chunk);
         if constexpr (kReadsAhead) load_keys();
       }
-      if (!whole) mask(s, position, until);
-      uint32_t weights[kOctets][2];
-      float rescale[kOctets];
-      bool grown = false;
+      if (has) {
+        if (!whole) mask(s, position, until);
+        attend(s);
+      } else if constexpr (kReadsAhead) {
 #pragma unroll
-      for (int octet = 0; octet < kOctets; ++octet) {
-        grown |= soften(s, octet, rescale[octet]);
-#pragma unroll
-        for (int j = 0; j < 2; ++j)
-          weights[octet][j] = pack<T>(s[j][2 * octet], s[j][2 * octet + 1]);
+        for (int i = 0; i < kKeyLoads; ++i) load_queries(q_[i], i);
       }
-      if (__any_sync(0xffffffff, grown)) {
-#pragma unroll
-        for (int octet = 0; octet < kOctets; ++octet) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const float factor = __shfl_sync(0xffffffff, rescale[octet], 8 * c_ + 4 * e);
-#pragma unroll
-            for (int t = 0; t < kOutTiles; ++t) {
-              out_[octet][t][e] *= factor;
-              out_[octet][t][e + 2] *= factor;
-            }
-          }
-        }
-      }
-      accumulate(weights);
-      if (more) kReadsAhead ? load_values() : load_keys();
+      if (!more) return;
+      kReadsAhead ? load_values() : load_keys();
+      has = true;
     }
   }
 
@@ -264,6 +236,34 @@ class WarpStream {
     }
   }
 
+  // Softmax and O^T += V^T P^T.
+  __device__ __forceinline__ void attend(float (&s)[2][4]) {
+    uint32_t weights[kOctets][2];
+    float rescale[kOctets];
+    bool grown = false;
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet) {
+      grown |= soften(s, octet, rescale[octet]);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) weights[octet][j] = pack<T>(s[j][2 * octet], s[j][2 * octet + 1]);
+    }
+    if (__any_sync(0xffffffff, grown)) {
+#pragma unroll
+      for (int octet = 0; octet < kOctets; ++octet) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float factor = __shfl_sync(0xffffffff, rescale[octet], 8 * c_ + 4 * e);
+#pragma unroll
+          for (int t = 0; t < kOutTiles; ++t) {
+            out_[octet][t][e] *= factor;
+            out_[octet][t][e + 2] *= factor;
+          }
+        }
+      }
+    }
+    accumulate(weights);
+  }
+
   // Turns one row's scores into weights relative to a maximum that may lag (OnlineSoftmax says
   // why); returns whether it moved, and what earlier outputs are then multiplied by.
   __device__ __forceinline__ bool soften(float (&s)[2][4], int octet, float& rescale) {
@@ -310,7 +310,6 @@ class WarpStream {
   const CacheSlots& slots_;
   const Tile& tile_;
   const int lane_, g_, c_;
-  int chunk_ = 0, end_ = 0;
   int p_[kOctets];  // positions of queries g (+ 8)
   // The chunk that is read next. Whole, all see all of it and `row_` is the offset of its first
   // row, in elements; otherwise that of row lane % 16, or -1, which queries at position_ to until_

@@ -15,7 +15,7 @@ struct DecodeTraits {
   static constexpr int kRows = 8 * kOctets;  // of the query: tokens times heads of a group
   // One block fills a multiprocessor. A thread holds a chunk's keys and values, kHeadDim / 2
   // registers, Q and the output, 3 kHeadDim / 8 each octet, and some 50 others.
-  static constexpr int kWarps = kHeadDim == 64 ? 16 : kHeadDim * kOctets <= 128 ? 12 : 8;
+  static constexpr int kWarps = kHeadDim * kOctets <= 64 ? 16 : kHeadDim * kOctets <= 128 ? 12 : 8;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(kHeadDim % 32 == 0, "four lanes read 32 elements of a key at once");
   static_assert(sizeof(T) == 2, "matrix instructions of 16-bit types");
