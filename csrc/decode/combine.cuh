@@ -66,6 +66,7 @@ __device__ __forceinline__ void merge_warps(const DecodeParams& params, const Ti
     }
   }
   __syncthreads();
+#pragma unroll 1
   for (int i = threadIdx.x; i < tile.rows * Traits::kHeadDim; i += Traits::kThreads) {
     const int row = i / Traits::kHeadDim, column = i % Traits::kHeadDim;
     float x = 0.f;

@@ -147,8 +147,8 @@ class WarpStream {
   // lane, or skip() where no query sees it: what lies there never reaches the arithmetic.
   template <typename Read, typename Skip>
   __device__ __forceinline__ void at_row(int row, Read read, Skip skip) const {
-    if (whole_) return read(row_ + row * params_.cache.strides.slot);
-    const int64_t offset = __shfl_sync(0xffffffff, row_, row);
+    int64_t offset = row_ + row * params_.cache.strides.slot;
+    if (!whole_) offset = __shfl_sync(0xffffffff, row_, row);
     if (offset >= 0) {
       read(offset);
     } else {
