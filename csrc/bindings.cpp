@@ -175,11 +175,11 @@ PYBIND11_MODULE(_C, m) {
         py::gil_scoped_release release;
         attn_fwd_sm90(params);
       },
-      py::kw_only(), "pattern"_a, "mask_rows"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a,
-      "kv_heads"_a, "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "k"_a,
-      "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "lse"_a, "q_start"_a, "k_start"_a,
-      "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a, "block_table"_a, "pages"_a,
-      "page_size"_a, "table_pages"_a, "stream"_a);
+      "pattern"_a, "mask_rows"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a, "kv_heads"_a,
+      "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "v"_a,
+      "v_strides"_a, "out"_a, "lse"_a, "q_start"_a, "k_start"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a,
+      "q_starts"_a, "k_starts"_a, "block_table"_a, "pages"_a, "page_size"_a, "table_pages"_a,
+      "stream"_a);
 
   m.def(
       "attn_bwd_sm90_workspace",

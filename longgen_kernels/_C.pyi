@@ -120,7 +120,6 @@ def merge_attn_states_bwd(
     stream: int,
 ) -> None: ...
 def attn_fwd_sm90(
-    *,
     pattern: list[int],
     mask_rows: int,
     batch: int,

@@ -20,8 +20,6 @@ struct Work : Sequence {
 // At most so many items, and tiles of a head, are left for the end; see work_item.
 constexpr int kLastItems = 1024;
 constexpr int kLastTiles = 32;
-// So many tiles of each head come before more of any: what a GPU knows the addresses of is limited.
-constexpr int kStretchTiles = 1024;
 
 // The item of a block in round `round` of the grid, or -1. Every other round goes backwards, so
 // that a block that got a longer tile than its neighbours gets a shorter one next and all stay near
@@ -32,10 +30,9 @@ __device__ __forceinline__ int work_index(int round, int items) {
 }
 
 // Item `index` of the grid's list. Head by head, query tiles in descending order: blocks at work
-// share the keys of one head in L2, and the last tiles of a causal pattern are its longest. All
-// heads go through one stretch of tiles, then through the next: their rows share pages. The first
-// few tiles of all heads come at the end, in descending order together: a causal pattern's short
-// ones, which even out what each block has got.
+// share the keys of one head in L2, and the last tiles of a causal pattern are its longest. The
+// first few tiles of all heads come at the end, in descending order together: a causal pattern's
+// short ones, which even out what each block has got.
 template <int kBlockM, typename Params>
 __host__ __device__ __forceinline__ Work work_item(const Params& params, int q_tiles, int index) {
   const bool packed = params.cu_seqlens_q != nullptr;
@@ -46,12 +43,8 @@ __host__ __device__ __forceinline__ Work work_item(const Params& params, int q_t
   const int tiles_first = q_tiles - last_tiles;
   int tile, of_all;
   if (index < heads * tiles_first) {
-    const int skipped = index / heads / kStretchTiles * kStretchTiles;
-    const int left = tiles_first - skipped;
-    const int stretch = left < kStretchTiles ? left : kStretchTiles;
-    index -= heads * skipped;
-    tile = q_tiles - 1 - skipped - index % stretch;
-    of_all = index / stretch;
+    tile = q_tiles - 1 - index % tiles_first;
+    of_all = index / tiles_first;
   } else {
     index -= heads * tiles_first;
     tile = last_tiles - 1 - index / heads;

@@ -122,10 +122,10 @@ def num_splits(blocks: int, tiles: int, slots: int, most: int = 128) -> int:
         slots: thread blocks that the GPU holds at once.
         most: upper bound of the result.
 
-    The fewest parts that come within 10% of the best use of the slots: each part costs a read and write of its result.
+    The fewest parts that come within 5% of the best use of the slots: each part costs a read and write of its result.
 
     >>> num_splits(32, 144, 264), num_splits(8, 144, 264), num_splits(256, 144, 264)
-    (8, 30, 1)
+    (8, 32, 1)
     """
     most = max(1, min(most, tiles))
     blocks = max(1, blocks)
@@ -136,7 +136,7 @@ def num_splits(blocks: int, tiles: int, slots: int, most: int = 128) -> int:
 
     candidates = range(1, most + 1)
     best = max(use(s) for s in candidates)
-    return next(s for s in candidates if use(s) >= 0.9 * best)
+    return next(s for s in candidates if use(s) >= 0.95 * best)
 
 
 def max_tiles(cache: CacheTensors, tile: int) -> int:

@@ -8,10 +8,10 @@ from torch import Tensor
 from longgen_kernels.kernels.cuda.arguments import (
     DTYPE_NAMES,
     address,
-    argument,
     current_stream,
     hopper_unsupported,
     on_device,
+    strides,
 )
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import AttentionPattern, BlockMask
@@ -40,36 +40,21 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`)."""
     from longgen_kernels import _C
 
-    q, k, pattern, table = problem.q, problem.k, problem.pattern, problem.block_table
+    q, k, v, pattern, table = problem.q, problem.k, problem.v, problem.pattern, problem.block_table
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
+    pages, page_size, table_pages = (0, 0, 0) if table is None else (*k.shape[:2], table.shape[1])
     with on_device(q):
+        # By position: as keywords they would take as long as everything else here on the host.
         _C.attn_fwd_sm90(
-            pattern=pattern.encode(),
-            mask_rows=address(pattern.rows if isinstance(pattern, BlockMask) else None),
-            batch=problem.batch,
-            seqlen_q=q.shape[-3],
-            seqlen_k=k.shape[-3] if table is None else _ANY_LENGTH,
-            q_heads=problem.q_heads,
-            kv_heads=problem.kv_heads,
-            head_dim=problem.head_dim,
-            dtype=DTYPE_NAMES[q.dtype],
-            softmax_scale=problem.softmax_scale,
-            **argument("q", q),
-            **argument("k", k),
-            **argument("v", problem.v),
-            out=out.data_ptr(),
-            lse=lse.data_ptr(),
-            q_start=problem.q_start,
-            k_start=problem.k_start,
-            cu_seqlens_q=address(problem.cu_seqlens_q),
-            cu_seqlens_k=address(problem.cu_seqlens_k),
-            q_starts=address(problem.q_starts),
-            k_starts=address(problem.k_starts),
-            block_table=address(table),
-            pages=k.shape[0] if table is not None else 0,
-            page_size=k.shape[1] if table is not None else 0,
-            table_pages=table.shape[1] if table is not None else 0,
-            stream=current_stream(q),
-        )
+            pattern.encode(), address(pattern.rows if isinstance(pattern, BlockMask) else None),
+            problem.batch, q.shape[-3], k.shape[-3] if table is None else _ANY_LENGTH,
+            problem.q_heads, problem.kv_heads, problem.head_dim,
+            DTYPE_NAMES[q.dtype], problem.softmax_scale,
+            q.data_ptr(), strides(q), k.data_ptr(), strides(k), v.data_ptr(), strides(v),
+            out.data_ptr(), lse.data_ptr(),
+            problem.q_start, problem.k_start, address(problem.cu_seqlens_q), address(problem.cu_seqlens_k),
+            address(problem.q_starts), address(problem.k_starts),
+            address(table), pages, page_size, table_pages, current_stream(q),
+        )  # fmt: skip
     return out, lse
