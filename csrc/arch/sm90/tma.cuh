@@ -34,24 +34,4 @@ __device__ __forceinline__ void copy_bytes(const void* global, Mbarrier& done, v
       : "memory");
 }
 
-// Adds a run of floats in shared memory to one in global memory, in no fixed order with others'.
-// Starts a group of its own, which the same thread waits for.
-__device__ __forceinline__ void add_floats(float* global, const void* shared, uint32_t bytes) {
-  asm volatile(
-      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-      "cp.async.bulk.commit_group;" ::"l"(global),
-      "r"(shared_address(shared)), "r"(bytes)
-      : "memory");
-}
-
-// Until this thread's additions have read their shared memory.
-__device__ __forceinline__ void wait_for_reads() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-// Until they are done.
-__device__ __forceinline__ void wait_for_writes() {
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-}
-
 }  // namespace longgen::sm90

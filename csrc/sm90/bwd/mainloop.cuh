@@ -17,8 +17,7 @@
 namespace longgen::sm90 {
 
 // Named barriers; 0 is __syncthreads, 1 the producer's.
-constexpr int kDqBarrier = 2;     // + warpgroup: its part of dQ is staged
-constexpr int kClearBarrier = 4;  // + warpgroup: other sequences' rows are cleared
+constexpr int kClearBarrier = 2;  // + warpgroup: other sequences' rows are cleared
 
 template <typename Traits>
 class BwdMathWarpgroup {
@@ -42,7 +41,6 @@ class BwdMathWarpgroup {
       __syncwarp();
       release(shared_.item_empty[n % 2]);
     }
-    if (threadIdx.x % 128 == 0) wait_for_writes();
   }
 
  private:
@@ -132,8 +130,6 @@ class BwdMathWarpgroup {
     store_score_gradients(ds, ds_address);
     if constexpr (Traits::kAddsDq) {
       fence_async_proxy();
-      // The last dQ has left its place in shared memory, when both warpgroups get past ds_full.
-      if (threadIdx.x % 128 == 0) wait_for_reads();
       __syncwarp();
       release(shared_.ds_full);
     }
@@ -239,19 +235,7 @@ class BwdMathWarpgroup {
 
   // Adds this warpgroup's part of a query tile's dQ to the sums in memory.
   __device__ __forceinline__ void add_query_gradient(const float (&dq)[kDq], int64_t q_tile) {
-    const Part part(warpgroup_);
-    float* const staged = shared_.dq + part.offset;
-    store_accumulators(staged, dq);
-    fence_async_proxy();
-    if (threadIdx.x % 128 / 32 == 0) {
-      named_barrier_sync(kDqBarrier + warpgroup_, 128);
-      if (lane_ == 0)
-        add_floats(params_.dq_sum + q_tile * Traits::kDqFloats + part.offset, staged,
-                   Part::kFloats * sizeof(float));
-      __syncwarp();
-    } else {
-      named_barrier_arrive(kDqBarrier + warpgroup_, 128);
-    }
+    add_accumulators_to(params_.dq_sum + q_tile * Traits::kDqFloats + Part(warpgroup_).offset, dq);
   }
 
   // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1; 0 where a query does not

@@ -66,6 +66,17 @@ __device__ __forceinline__ void add_accumulators(const float* source, float (&d)
   }
 }
 
+// Adds a warpgroup's accumulators to sums that lie so, in no particular order.
+template <int kSize>
+__device__ __forceinline__ void add_accumulators_to(float* sums, const float (&d)[kSize]) {
+#pragma unroll
+  for (int i = 0; i < kSize; i += 4)
+    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
+                     reinterpret_cast<float4*>(sums) + i / 4 * 128 + threadIdx.x % 128),
+                 "f"(d[i]), "f"(d[i + 1]), "f"(d[i + 2]), "f"(d[i + 3])
+                 : "memory");
+}
+
 // The first of the two rows of 64, 8 apart, that a thread of a warpgroup holds.
 __device__ __forceinline__ int accumulator_row() {
   return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;

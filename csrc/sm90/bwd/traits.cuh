@@ -88,7 +88,6 @@ struct BwdTraits {
     alignas(1024) uint8_t q[kQStages][kQueryBytes];
     alignas(1024) uint8_t dout[kDoutStages][kQueryBytes];
     alignas(1024) uint8_t ds[2][kBlockM * kBlockN * sizeof(T)];
-    alignas(16) float dq[kDqFloats];
     alignas(16) float stats[kDoutStages][2][kBlockM];  // LSE in base 2, delta
     KeyRow rows[2][kBlockN];                           // for two items
     Item items[2];
