@@ -292,7 +292,7 @@ def test_bad_arguments(tokens):
 @pytest.mark.parametrize("pads", [0, 9])
 def test_captured_steps_are_those_of_the_model(pattern, pads):
     """Real captures: of the model's own kernels, with growth between two graphs, ragged rows, and in `generate`."""
-    model = make_model(pattern, head_dim=64, num_attention_heads=4).to("cuda", torch.bfloat16)
+    model = make_model(pattern, head_dim=64).to("cuda", torch.bfloat16)
     tokens = torch.randint(1, VOCABULARY, (2, PROMPT), device="cuda")
     real = torch.ones_like(tokens)
     real[0, :pads] = 0
