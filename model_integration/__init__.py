@@ -9,6 +9,7 @@ from model_integration.configuration import (
     LongGenQwen2Config,
     LongGenQwen3Config,
 )
+from model_integration.decoding import GraphDecoder, generate_with_graph
 from model_integration.modeling import (
     HYBRID_MODELS,
     LongGenLlamaForCausalLM,
@@ -27,6 +28,7 @@ for _config, _model in HYBRID_MODELS.items():
     AutoModelForCausalLM.register(_config, _model)
 
 __all__ = [
+    "GraphDecoder",
     "LongGenCache",
     "LongGenLlamaConfig",
     "LongGenLlamaForCausalLM",
@@ -40,4 +42,5 @@ __all__ = [
     "LongGenQwen3Config",
     "LongGenQwen3ForCausalLM",
     "LongGenQwen3Model",
+    "generate_with_graph",
 ]

@@ -135,6 +135,17 @@ class LongGenCache(Cache):
         kept = [kv.tokens_kept() for kv in self.kv]
         return torch.stack(kept) if kept else torch.empty(0, dtype=torch.int64)
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for this many more tokens of each sequence; a layer that has to grow gets other memory."""
+        for kv in self.kv:
+            kv.reserve(tokens)
+
+    def advanced(self, tokens: int) -> None:
+        """Tells the host that a CUDA graph's replay has appended this many tokens to each sequence of each layer."""
+        for layer in self.layers:
+            layer.kv.advanced(tokens)
+            layer.seen += tokens
+
     def reset(self) -> None:
         super().reset()
         self._padded_until = 0

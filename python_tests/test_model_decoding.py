@@ -1,0 +1,321 @@
+"""GraphDecoder and generate_with_graph: the tokens of `generate`, with one captured step replayed."""
+
+import copy
+from functools import partial
+from unittest import mock
+
+import pytest
+import torch
+from transformers import DynamicCache, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from longgen_kernels import AttentionPattern, SparseKVCache
+from model_integration import (
+    GraphDecoder,
+    LongGenCache,
+    LongGenLlamaConfig,
+    LongGenLlamaForCausalLM,
+    decoding,
+    generate,
+    generate_with_graph,
+)
+
+VOCABULARY = 89
+PROMPT = 150
+OPTIONS = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+PATTERNS = [AttentionPattern.sink_window(sink=2, window=7), AttentionPattern.strided(3, 4, window=6, sink=1)]
+
+
+def make_model(pattern=PATTERNS[0], **changes):
+    torch.manual_seed(1)
+    config = LongGenLlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        sparse_pattern=pattern,
+        full_layers=[1],
+        **changes,
+    )
+    return LongGenLlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module", params=PATTERNS, ids=["sink_window", "strided"])
+def model(request):
+    return make_model(request.param)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(1, VOCABULARY, (2, PROMPT))
+
+
+class Graphs:
+    """Stands in for `captured` on a CPU: a capture changes the host's counts alone, a replay the tensors alone."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def captured(self, call, device):
+        self.captures += 1
+        cache = call.__self__.cache
+        before = [copy.deepcopy(kv.state_dict()) for kv in cache.kv]
+        static = call()
+        for kv, state in zip(cache.kv, before, strict=True):
+            for name in ("k", "v", "seqlens"):
+                getattr(kv, name).copy_(state[name])
+        static.fill_(torch.nan)
+
+        def replay():
+            self.replays += 1
+            host = [(layer.seen, layer.kv._longest, layer.kv._cropped) for layer in cache.layers]
+            with mock.patch.object(SparseKVCache, "reserve"):  # a graph makes no room
+                static.copy_(call())
+            for layer, (seen, longest, cropped) in zip(cache.layers, host, strict=True):
+                layer.seen, layer.kv._longest, layer.kv._cropped = seen, longest, cropped
+            return static
+
+        return replay
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    graphs = Graphs()
+    monkeypatch.setattr(decoding, "captured", graphs.captured)
+    init = GraphDecoder.__init__
+
+    def capturing(self, model, cache):
+        init(self, model, cache)
+        self._captures = True
+
+    monkeypatch.setattr(GraphDecoder, "__init__", capturing)
+    return graphs
+
+
+def prefilled(model, tokens, max_length=PROMPT + 50):
+    cache = LongGenCache(model.config, max_length=max_length)
+    with torch.no_grad():
+        return cache, model(tokens, past_key_values=cache).logits[:, -1].argmax(-1)
+
+
+def host_counts(cache):
+    return [(layer.seen, layer.kv._longest, layer.kv.max_seqlen) for layer in cache.layers]
+
+
+class Collected(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [PROMPT + 50, PROMPT, PROMPT + 3], ids=["room", "grows at once", "grows later"])
+def test_steps_are_those_of_the_model(model, tokens, graphs, room):
+    cache, token = prefilled(model, tokens, room)
+    usual, _ = prefilled(model, tokens, room)
+    decoder = GraphDecoder(model, cache)
+    for _ in range(10):
+        with torch.no_grad():
+            expected = model(token[:, None], past_key_values=usual).logits[:, -1]
+        got = decoder.step(token)
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        token = expected.argmax(-1)
+        assert host_counts(cache) == host_counts(usual)
+        assert [kv.seqlens.tolist() for kv in cache.kv] == [kv.seqlens.tolist() for kv in usual.kv]
+    # A capture for each piece of memory that saw a second step; the step before it compiles and is not replayed.
+    assert (graphs.captures, graphs.replays) == {PROMPT + 3: (2, 8)}.get(room, (1, 9))
+
+
+def test_the_cache_may_be_used_between_steps(model, tokens, graphs):
+    cache, token = prefilled(model, tokens)
+    usual, _ = prefilled(model, tokens)
+    decoder = GraphDecoder(model, cache)
+
+    def step():
+        with torch.no_grad():
+            expected = model(token[:, None], past_key_values=usual).logits[:, -1]
+        torch.testing.assert_close(decoder.step(token), expected, rtol=0, atol=0)
+
+    for _ in range(4):
+        step()
+    for each in (cache, usual):
+        each.crop(-3)
+        with torch.no_grad():
+            model(tokens[:, :20], past_key_values=each)
+    step()
+    for each in (cache, usual):
+        each.reorder_cache(torch.tensor([1, 1]))
+    step()
+    assert graphs.captures == 1
+    assert host_counts(cache) == host_counts(usual)
+
+
+def test_without_a_gpu_each_step_is_computed(model, tokens):
+    cache, token = prefilled(model, tokens)
+    decoder = GraphDecoder(model, cache)
+    for _ in range(3):
+        decoder.step(token[:, None])
+    assert cache.get_seq_length() == PROMPT + 3
+    assert decoder._replay is None
+
+
+# -- generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.9, "top_k": 20, "top_p": 0.9},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prefill_chunk_size": 33},
+        {"repetition_penalty": 1.3},
+        {"max_new_tokens": 1},
+        {"eos_token_id": list(range(1, VOCABULARY, 9)), "do_sample": True},
+        {"return_dict_in_generate": False},
+    ],
+    ids=["greedy", "sampling", "several samples", "chunks", "penalty", "one token", "end of text", "tensor"],
+)
+@pytest.mark.parametrize("pads", [0, 9])
+def test_generation_says_what_generate_says(model, tokens, graphs, how, pads):
+    real = torch.ones_like(tokens)
+    real[0, :pads] = 0
+    options = {**OPTIONS, "return_dict_in_generate": True, **how}
+    rows = tokens[:1] if "num_return_sequences" in how else tokens
+    options["attention_mask"] = real[: len(rows)]
+    results = []
+    for decode in (model.generate, partial(generate_with_graph, model)):
+        set_seed(7)
+        results.append(decode(rows, **options))
+    if not options["return_dict_in_generate"]:
+        assert results[0].tolist() == results[1].tolist()
+        return
+    assert results[0].sequences.tolist() == results[1].sequences.tolist()
+    caches = [result.past_key_values for result in results]
+    assert type(caches[1]) is LongGenCache
+    assert host_counts(caches[0]) == host_counts(caches[1])
+    steps = results[0].sequences.shape[1] - PROMPT - 1
+    assert (graphs.captures, graphs.replays) == (int(steps > 1), max(0, steps - 1))
+
+
+def test_streams_what_generate_streams(model, tokens, graphs):
+    streams = []
+    for decode in (model.generate, partial(generate_with_graph, model)):
+        streams.append(Collected())
+        decode(tokens[:1], streamer=streams[-1], **OPTIONS)
+    assert streams[0].tokens == streams[1].tokens
+    assert len(streams[1].tokens) == 1 + OPTIONS["max_new_tokens"]
+    assert streams[0].ended and streams[1].ended
+
+
+def test_continues_with_the_cache_of_an_earlier_call(model, tokens, graphs):
+    options = {**OPTIONS, "return_dict_in_generate": True}
+    first = generate_with_graph(model, tokens, **options)
+    longer = torch.cat([first.sequences, tokens[:, :21]], dim=1)
+    second = generate_with_graph(model, longer, past_key_values=first.past_key_values, **options)
+    assert second.past_key_values is first.past_key_values
+    assert second.sequences.tolist() == model.generate(longer, **options).sequences.tolist()
+
+
+def test_the_command_decodes_with_a_graph_where_it_can(monkeypatch):
+    hybrid, masked = make_model(), make_model(attn_implementation="sdpa")
+    assert generate._generate(hybrid) == hybrid.generate
+    monkeypatch.setattr(LongGenLlamaForCausalLM, "device", torch.device("cuda"))
+    assert generate._generate(hybrid).func is generate_with_graph
+    assert generate._generate(masked) == masked.generate
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"num_beams": 2}, "beam_search: a CUDA graph decodes greedily or samples"),
+        ({"prompt_lookup_num_tokens": 3}, "assisted_generation: a CUDA graph decodes greedily or samples"),
+        ({"assistant_model": object()}, "assistant_model: a CUDA graph decodes one token at a time"),
+        ({"use_cache": False}, "needs a LongGenCache, got NoneType"),
+        ({"cache_implementation": "dynamic"}, "needs a LongGenCache, got DynamicCache"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: a CUDA graph keeps only the tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_other_ways_of_generating_are_refused(tokens, how, message):
+    with pytest.raises(NotImplementedError, match=message):
+        generate_with_graph(make_model(), tokens[:1], **{**OPTIONS, **how})
+
+
+def test_models_whose_step_cannot_be_captured_are_refused(tokens):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    for model, message in (
+        (make_model(attn_implementation="sdpa"), "attn_implementation='sdpa' keeps every token"),
+        (make_model(rope_parameters=dynamic), "rope_type='dynamic' changes its frequencies with the length"),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            GraphDecoder(model, LongGenCache(model.config))
+        with pytest.raises(NotImplementedError, match=message):
+            generate_with_graph(model, tokens, **OPTIONS)
+
+
+def test_bad_arguments(tokens):
+    model = make_model()
+    with pytest.raises(TypeError, match="model must be a LongGen hybrid with a language-modelling head, got Linear"):
+        GraphDecoder(torch.nn.Linear(1, 1), LongGenCache(model.config))
+    with pytest.raises(TypeError, match="cache must be a LongGenCache, got DynamicCache"):
+        GraphDecoder(model, DynamicCache(config=model.config))
+    with pytest.raises(ValueError, match="cache is empty: let the model read the prompt"):
+        GraphDecoder(model, LongGenCache(model.config))
+    cache, token = prefilled(model, tokens)
+    decoder = GraphDecoder(model, cache)
+    for wrong in (token[:1], token.int(), token[None]):
+        with pytest.raises(ValueError, match=r"tokens must be int64 \(2,\), got torch.int"):
+            decoder.step(wrong)
+    assert cache.get_seq_length() == PROMPT
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS, ids=["sink_window", "strided"])
+@pytest.mark.parametrize("pads", [0, 9])
+def test_captured_steps_are_those_of_the_model(pattern, pads):
+    """Real captures: of the model's own kernels, with growth between two graphs, ragged rows, and in `generate`."""
+    model = make_model(pattern, head_dim=64).to("cuda", torch.bfloat16)
+    tokens = torch.randint(1, VOCABULARY, (2, PROMPT), device="cuda")
+    real = torch.ones_like(tokens)
+    real[0, :pads] = 0
+    caches = [LongGenCache(model.config, max_length=PROMPT + 5) for _ in range(2)]
+    with torch.no_grad():
+        token, _ = (
+            model(tokens, attention_mask=real, past_key_values=each).logits[:, -1].argmax(-1) for each in caches
+        )
+        decoder, mask = GraphDecoder(model, caches[0]), real
+        for _ in range(30):
+            mask = torch.cat([mask, mask.new_ones(2, 1)], dim=1)
+            positions = mask.sum(1, keepdim=True) - 1
+            expected = model(
+                token[:, None], attention_mask=mask, position_ids=positions, past_key_values=caches[1]
+            ).logits[:, -1]
+            torch.testing.assert_close(decoder.step(token), expected, rtol=0, atol=0)
+            token = expected.argmax(-1)
+    assert decoder._replay is not None
+    assert host_counts(caches[0]) == host_counts(caches[1])
+    assert [kv.seqlens.tolist() for kv in caches[0].kv] == [kv.seqlens.tolist() for kv in caches[1].kv]
+    for how in ({}, {"do_sample": True, "top_k": 20}):
+        results = []
+        for decode in (model.generate, partial(generate_with_graph, model)):
+            set_seed(7)
+            results.append(decode(tokens, attention_mask=real, **{**OPTIONS, **how}).tolist())
+        assert results[0] == results[1]
