@@ -219,9 +219,10 @@ def test_hopper_backward_overlaps_arithmetic_with_matrix_products() -> None:
     kernels = hopper_kernels("attn_bwd_kernel")
     # Of each dtype and head_dim one that adds up dQ and, for deterministic gradients, one that does not.
     assert sum("Li64E" in name_of(text) for text in kernels) == sum("Li128E" in name_of(text) for text in kernels) == 4
-    assert sum("UBLKRED" in text for text in kernels) == 4
+    assert sum("REDG" in text for text in kernels) == 4
     for text in kernels:
-        adds_dq = "UBLKRED" in text
+        adds_dq = "REDG" in text
+        assert text.count("REDG.E.ADD.F32x4") == (8 if adds_dq else 0)
         waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", text)
         products = [part.count("HGMMA") for part in waits[::2]]
         assert sum(part.count("R2UR") for part in waits[2:-1:2]) < 20  # descriptors live in uniform registers
