@@ -1,0 +1,126 @@
+"""README.md and docs/: the Python blocks run, the commands exist and take the options shown, links lead to files."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from markdown_blocks import PAGES, ROOT, Block, blocks, commands
+
+# How many Python blocks of a page are compiled only, because of what their first line says that they need.
+NOT_RUN: dict[str, int] = {}
+
+LLAMA = "path/to/Llama-2-7b-hf"  # what the pages call a dense checkpoint
+OTHER_PROGRAMS = ("python3", ".", "git", "clang-format", "CUDA_HOME")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+INSTALLED_PROGRAMS = [re.split(r"[=<>\[]", need)[0] for extra in EXTRAS.values() for need in extra]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder, and what `torchrun --nproc-per-node 1` sets, with a free port."""
+    monkeypatch.chdir(tmp_path)
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    yield tmp_path
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def save_small_llama(path: Path) -> None:
+    """A Llama of random weights with the tokenizer of raw bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from model_integration.data import byte_tokenizer
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=260, max_position_embeddings=512, **sizes)).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run(page: str, folder: Path) -> None:
+    """In order and in one namespace, as a reader who follows the page runs them."""
+    found = blocks(page, "python")
+    if any("model_integration" in block.text or "transformers" in block.text for block in found):
+        pytest.importorskip("transformers")
+        save_small_llama(folder / LLAMA)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in found:
+        # Empty lines in front: a traceback then names the page's own lines.
+        code = compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec")
+        if block.needs is None:
+            exec(code, namespace)
+    assert sum(block.needs is not None for block in found) == NOT_RUN.get(page, 0)
+
+
+def test_what_is_not_run_is_listed() -> None:
+    assert set(NOT_RUN) <= set(PAGES)
+
+
+BASH_BLOCKS = [block for page in PAGES for block in blocks(page, "bash")]
+
+
+@pytest.mark.parametrize("block", BASH_BLOCKS, ids=lambda block: f"{block.page}:{block.line}")
+def test_commands_exist(block: Block, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in commands(block):
+        program, *arguments = words
+        if "-m" in arguments and arguments[(at := arguments.index("-m")) + 1] != "venv":
+            assert program in ("python", "torchrun"), words
+            check_module(arguments[at + 1], arguments[at + 2 :], capsys)
+        elif program == "pip":
+            check_pip(arguments)
+        elif program == ".ci/run":
+            assert os.access(ROOT / program, os.X_OK)
+        else:
+            assert program in (*OTHER_PROGRAMS, *INSTALLED_PROGRAMS), f"unknown command {words}"
+        if program == "pytest":
+            missing = [word for word in arguments if re.match(r"\w+[./]", word) and not (ROOT / word).exists()]
+            assert not missing, words
+
+
+def check_module(module: str, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The module is there, and its --help names every option; files of the repository that it is given are there."""
+    options = {word.split("=")[0] for word in arguments if word.startswith("--")}
+    for word in arguments:
+        assert (ROOT / word).exists() or not word.startswith(("recipes/", "python_tests/")), f"no {word}"
+    if module.startswith("model_integration"):
+        pytest.importorskip("transformers")
+    found = importlib.util.find_spec(module)
+    assert found is not None and Path(found.origin or "").is_relative_to(ROOT), f"no module {module}"
+    if found.submodule_search_locations:
+        module = f"{module}.__main__"
+    if not options:
+        return
+    # What stands in front of the options may name a subcommand, which has a help of its own.
+    before = arguments[: next(i for i, word in enumerate(arguments) if word.startswith("-"))]
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(module).main([*before, "--help"])
+    assert stopped.value.code == 0
+    missing = options - set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+    assert not missing, f"{module} --help does not name {missing}"
+
+
+def check_pip(arguments: list[str]) -> None:
+    """The extras that are asked for are pyproject's."""
+    for word in arguments:
+        if match := re.fullmatch(r"\.\[(.*)\]", word):
+            assert set(match[1].split(",")) <= set(EXTRAS), word
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    """Of the pages that GitHub shows. What the site's pages link to, headings too, `mkdocs build --strict` checks."""
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    local = [target for target in targets if not target.startswith(("https://", "http://"))]
+    missing = [target for target in local if not (ROOT / page).parent.joinpath(target).exists()]
+    assert not missing
