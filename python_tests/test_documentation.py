@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import os
 import re
+import sys
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import torch
 from markdown_blocks import PAGES, ROOT, Block, blocks, commands
 
 # How many Python blocks of a page are compiled only, because of what their first line says that they need.
-NOT_RUN: dict[str, int] = {}
+NOT_RUN = {"docs/how-to/kv-caches.md": 1}
 
 LLAMA = "path/to/Llama-2-7b-hf"  # what the pages call a dense checkpoint
 OTHER_PROGRAMS = ("python3", ".", "git", "clang-format", "CUDA_HOME")
@@ -48,18 +51,19 @@ def save_small_llama(path: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_blocks_run(page: str, folder: Path) -> None:
-    """In order and in one namespace, as a reader who follows the page runs them."""
+def test_python_blocks_run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order and in one module, as a reader who follows the page runs them."""
     found = blocks(page, "python")
     if any("model_integration" in block.text or "transformers" in block.text for block in found):
         pytest.importorskip("transformers")
         save_small_llama(folder / LLAMA)
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    module = types.ModuleType("documentation_page")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where torch.compile looks for a block's functions
     for block in found:
         # Empty lines in front: a traceback then names the page's own lines.
         code = compile("\n" * (block.line - 1) + block.text, str(ROOT / page), "exec")
         if block.needs is None:
-            exec(code, namespace)
+            exec(code, module.__dict__)
     assert sum(block.needs is not None for block in found) == NOT_RUN.get(page, 0)
 
 
@@ -99,10 +103,10 @@ def check_module(module: str, arguments: list[str], capsys: pytest.CaptureFixtur
     assert found is not None and Path(found.origin or "").is_relative_to(ROOT), f"no module {module}"
     if found.submodule_search_locations:
         module = f"{module}.__main__"
-    if not options:
+    if not arguments:
         return
     # What stands in front of the options may name a subcommand, which has a help of its own.
-    before = arguments[: next(i for i, word in enumerate(arguments) if word.startswith("-"))]
+    before = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module(module).main([*before, "--help"])
     assert stopped.value.code == 0
@@ -115,6 +119,23 @@ def check_pip(arguments: list[str]) -> None:
     for word in arguments:
         if match := re.fullmatch(r"\.\[(.*)\]", word):
             assert set(match[1].split(",")) <= set(EXTRAS), word
+
+
+def test_the_rehearsal_of_the_tutorial_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands that speak of rehearsal/, one after the other, and what the page says that they leave."""
+    pytest.importorskip("transformers")
+    page = "docs/tutorial.md"
+    exec(blocks(page, "python")[0].text, {})
+    shown = [words for block in blocks(page, "bash") for words in commands(block) if "rehearsal/" in " ".join(words)]
+    assert [words[2] for words in shown] == [
+        f"model_integration.{name}" for name in ("convert", "finetune", "generate", "evaluate")
+    ]
+    for _, _, module, *arguments in shown:
+        importlib.import_module(module).main(arguments)
+    assert "KV cache" in capsys.readouterr().err
+    results = (folder / "rehearsal" / "evaluate" / "results.jsonl").read_text()
+    assert len(results.splitlines()) == 6
+    assert (folder / "rehearsal" / "run" / "loss.png").stat().st_size
 
 
 @pytest.mark.parametrize("page", PAGES)
