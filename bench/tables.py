@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import pictures
-from bench.results import load
 from longgen_kernels import AttentionPattern, SparseKVCache
+from longgen_kernels.benchmark.results import load
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

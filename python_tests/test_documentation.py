@@ -29,12 +29,15 @@ INSTALLED_PROGRAMS = [re.split(r"[=<>\[]", need)[0] for extra in EXTRAS.values()
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty current folder, and what `torchrun --nproc-per-node 1` sets, with a free port."""
+    """An empty current folder, one thread, and what `torchrun --nproc-per-node 1` sets, with a free port."""
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small models are slower with more
     launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
     yield tmp_path
+    torch.set_num_threads(threads)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
