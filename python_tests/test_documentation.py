@@ -17,6 +17,8 @@ import pytest
 import torch
 from markdown_blocks import PAGES, ROOT, Block, blocks, commands
 
+import longgen_kernels
+
 # How many Python blocks of a page are compiled only, because of what their first line says that they need.
 NOT_RUN = {"docs/how-to/kv-caches.md": 1}
 
@@ -148,3 +150,9 @@ def test_links_lead_to_files(page: str) -> None:
     local = [target for target in targets if not target.startswith(("https://", "http://"))]
     missing = [target for target in local if not (ROOT / page).parent.joinpath(target).exists()]
     assert not missing
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "".join((ROOT / page).read_text() for page in PAGES if page.startswith("docs/reference/"))
+    missing = {name for name in longgen_kernels.__all__ if f"::: longgen_kernels.{name}\n" not in pages}
+    assert missing == {"__version__"}
