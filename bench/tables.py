@@ -160,8 +160,9 @@ def filled_in(page: str, text: str, written: Mapping[str, str]) -> str:
     if sorted(places) != sorted(written):
         raise ValueError(f"{page} has places for the tables {sorted(places)}; bench.tables writes {sorted(written)}")
     for name, table in written.items():
-        place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)", re.DOTALL)
-        text = place.sub(lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text)
+        start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{table}\n\n{end}{rest.partition(end)[2]}"
     return text
 
 
