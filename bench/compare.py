@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import report
-from bench.results import Document, Record, load
+from longgen_kernels.benchmark import report
+from longgen_kernels.benchmark.results import Document, Record, load
 
 _FACTS = ("gpu", "driver", "torch", "cuda", "triton", "package", "commit")
 

@@ -7,10 +7,10 @@ import functools
 import pytest
 import torch
 
-from bench.cases import PATTERNS, Case, Inputs, make_cases, make_inputs
-from bench.gate import Gate
-from bench.peers import Ours
-from bench.prepared import Prepared
+from longgen_kernels.benchmark.cases import PATTERNS, Case, Inputs, make_cases, make_inputs
+from longgen_kernels.benchmark.gate import Gate
+from longgen_kernels.benchmark.peers import Ours
+from longgen_kernels.benchmark.prepared import Prepared
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench import gate, machine
-from bench.peers import one_line
-from bench.timing import Effort, Result, Timing, measure
+from bench import machine
 from longgen_kernels import AttentionPattern, SparseKVCache, longgen_attn_with_kvcache
+from longgen_kernels.benchmark import gate
+from longgen_kernels.benchmark.peers import one_line
+from longgen_kernels.benchmark.timing import Effort, Result, Timing, measure
 
 SEEN = 131072  # tokens, of which a sparse cache keeps a part
 SPARE = 4096  # tokens that timed steps may append

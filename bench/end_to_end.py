@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import Cache
 
 from bench import machine
-from bench.cases import PATTERNS, length_name, parse_length
-from bench.peers import one_line
-from bench.timing import synchronize
+from longgen_kernels.benchmark.cases import PATTERNS, length_name, parse_length
+from longgen_kernels.benchmark.peers import one_line
+from longgen_kernels.benchmark.timing import synchronize
 from bench.whole_models import SHAPES, Contender, contenders
 from longgen_kernels import AttentionPattern
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
-from bench import gate, machine, report
-from bench.cases import LENGTHS, PASSES, PATTERNS, VARIANTS, length_name, make_cases, parse_length
-from bench.peers import Peer, all_peers
-from bench.results import Document
-from bench.runner import Plan, Runner
-from bench.timing import Effort
+from bench import machine
+from longgen_kernels.benchmark import gate, report
+from longgen_kernels.benchmark.cases import LENGTHS, PASSES, PATTERNS, VARIANTS, length_name, make_cases, parse_length
+from longgen_kernels.benchmark.peers import Peer, all_peers
+from longgen_kernels.benchmark.results import Document
+from longgen_kernels.benchmark.runner import Plan, Runner
+from longgen_kernels.benchmark.timing import Effort
 
 DEFAULT_PEERS = {
     "cuda": ("cuda", "triton", "flex", "cudnn", "fa2_sdpa", "flash_attn", "fa3"),

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import Case
-from bench.prepared import Prepared
-from bench.timing import synchronize
+from longgen_kernels.benchmark.cases import Case
+from longgen_kernels.benchmark.prepared import Prepared
+from longgen_kernels.benchmark.timing import synchronize
 
 pytest.importorskip("pytest_benchmark")
 

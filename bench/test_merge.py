@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.timing import synchronize
+from longgen_kernels.benchmark.timing import synchronize
 from longgen_kernels.merge import explain_merge, merge_attn_states
 
 pytest.importorskip("pytest_benchmark")

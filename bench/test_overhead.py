@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.peers import Ours
 from longgen_kernels import AttentionPattern, longgen_attn_func
+from longgen_kernels.benchmark.peers import Ours
 from longgen_kernels.patterns import BlockMask
 
 pytest.importorskip("pytest_benchmark")

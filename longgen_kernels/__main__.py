@@ -1,12 +1,17 @@
-"""`python -m longgen_kernels`: what is installed, and which backend runs what on this machine, or why it does not."""
+"""`python -m longgen_kernels`: what is installed, and which backend runs what on this machine, or why it does not.
+
+`python -m longgen_kernels bench`: whether it is right here, and how fast beside what else is installed.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ import longgen_kernels
 from longgen_kernels import dispatch
 from longgen_kernels._version import __version__
 from longgen_kernels.attention import explain_attention
+from longgen_kernels.benchmark.cases import PASSES, parse_length
 from longgen_kernels.decode import explain_kvcache_attention
 from longgen_kernels.kernels.cuda import available, build_info
 from longgen_kernels.kv_cache import SparseKVCache
@@ -42,7 +48,28 @@ OPERATIONS: dict[str, Callable[[str], Reasons]] = {"attention": _attention, "mer
 """For each operation the reasons by backend for bf16 tensors of head_dim 128 on a device."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; `bench` returns 1 if a kernel was wrong or failed."""
+    parser = argparse.ArgumentParser(prog="python -m longgen_kernels", description="What runs on this machine.")
+    bench = parser.add_subparsers(dest="command", metavar="bench").add_parser(
+        "bench",
+        help="is it right here, and how fast? at most about two minutes",
+        description="Checks attention against the reference and times it beside cuDNN, FlashAttention and "
+        "FlexAttention, as far as they are installed. Without a GPU the reference alone runs, on a small problem.",
+    )
+    bench.add_argument("--length", type=parse_length, default=8192, help="tokens, such as 8K or 32K (default: 8K)")
+    bench.add_argument("--forward", action="store_true", help="the forward pass only")
+    bench.add_argument("--seconds", type=float, default=120.0, help="no kernel is begun after these (default: 120)")
+    args = parser.parse_args(argv)
+    if args.command is None:
+        _report()
+        return 0
+    from longgen_kernels.benchmark import quick  # imports what it compares with, which takes its time
+
+    return quick.run(args.length, PASSES[:1] if args.forward else PASSES, args.seconds)
+
+
+def _report() -> None:
     for name, value in _versions():
         print(f"{name:<17}{value}")
 
@@ -105,4 +132,4 @@ def _installed(package: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

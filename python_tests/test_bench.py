@@ -16,8 +16,10 @@ from torch.nn.attention.flex_attention import create_block_mask
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("bench", reason="the sources have no bench/")
 
-from bench import compare, decode, report, run
-from bench.cases import (
+from bench import compare, decode, run
+from longgen_kernels import AttentionPattern, longgen_attn_func
+from longgen_kernels.benchmark import report
+from longgen_kernels.benchmark.cases import (
     PATTERNS,
     VARIANTS,
     Case,
@@ -28,14 +30,13 @@ from bench.cases import (
     make_inputs,
     parse_length,
 )
-from bench.flex import block_mask, mask_mod
-from bench.gate import Gate
-from bench.peers import Ours, Peer, all_peers
-from bench.prepared import Attend, Prepared
-from bench.results import Document, Record, load
-from bench.runner import Plan, Runner
-from bench.timing import Effort, Timing, measure
-from longgen_kernels import AttentionPattern, longgen_attn_func
+from longgen_kernels.benchmark.flex import block_mask, mask_mod
+from longgen_kernels.benchmark.gate import Gate
+from longgen_kernels.benchmark.peers import Ours, Peer, all_peers
+from longgen_kernels.benchmark.prepared import Attend, Prepared
+from longgen_kernels.benchmark.results import Document, Record, load
+from longgen_kernels.benchmark.runner import Plan, Runner
+from longgen_kernels.benchmark.timing import Effort, Timing, measure
 
 CPU = torch.device("cpu")
 FAST = Effort(budget_s=0.0, warmups=1, min_repeats=2)
@@ -176,7 +177,7 @@ def test_gate_passes_a_right_kernel(name: str) -> None:
 
 
 def test_gate_checks_rows_of_a_sequence_too_long_to_compare_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.gate.WHOLE_UP_TO", 64)
+    monkeypatch.setattr("longgen_kernels.benchmark.gate.WHOLE_UP_TO", 64)
     case = small_case(seqlen=100)
     inputs = make_inputs(case, CPU)
     gate = Gate(case, inputs)
@@ -224,9 +225,9 @@ def test_a_kernel_that_goes_wrong_later_is_refused() -> None:
 
 
 def test_a_long_sequence_is_timed_only_after_a_short_one_was_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bench.gate.WHOLE_UP_TO", 64)
-    monkeypatch.setattr("bench.runner.WHOLE_UP_TO", 64)
-    monkeypatch.setattr("bench.runner.CHECK_LENGTH", 48)
+    monkeypatch.setattr("longgen_kernels.benchmark.gate.WHOLE_UP_TO", 64)
+    monkeypatch.setattr("longgen_kernels.benchmark.runner.WHOLE_UP_TO", 64)
+    monkeypatch.setattr("longgen_kernels.benchmark.runner.CHECK_LENGTH", 48)
 
     def wrong_key_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # invisible in three spans of rows
         return attend_small(q, k, Wrong.apply(v))

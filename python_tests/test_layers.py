@@ -23,6 +23,7 @@ LAYERS = [
     ["longgen_kernels.attention", "longgen_kernels.merge", "longgen_kernels.kv_cache"],
     ["longgen_kernels.decode", "longgen_kernels.paged_kv_cache"],
     ["longgen_kernels"],
+    ["longgen_kernels.benchmark"],
     ["longgen_kernels.__main__", "model_integration"],
 ]
 PLACES = {entry: rank for rank, layer in enumerate(LAYERS) for entry in layer}

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench.cases import Case, Inputs
-from bench.timing import Result
 from longgen_kernels import AttentionPattern
+from longgen_kernels.benchmark.cases import Case, Inputs
+from longgen_kernels.benchmark.timing import Result
 from longgen_kernels.kernels import reference
 from longgen_kernels.kernels.problem import AttentionProblem
 

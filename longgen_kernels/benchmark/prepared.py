@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.cases import Inputs
+from longgen_kernels.benchmark.cases import Inputs
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from bench.cases import Case, Inputs
-from bench.prepared import Prepared
-from bench.timing import synchronize
 from longgen_kernels import AttentionPattern
+from longgen_kernels.benchmark.cases import Case, Inputs
+from longgen_kernels.benchmark.prepared import Prepared
+from longgen_kernels.benchmark.timing import synchronize
 
 BLOCK = 128  # FlexAttention's default
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bench.cases import length_name
-from bench.results import Record
+from longgen_kernels.benchmark.cases import length_name
+from longgen_kernels.benchmark.results import Record
 
 HEADER = ("case", "pass", "peer", "ms", "quartiles", "TFLOP/s", "ratio", "first call", "extra GiB")
 

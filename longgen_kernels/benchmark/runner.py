@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bench.cases import Case, Inputs, make_inputs
-from bench.gate import WHOLE_UP_TO, Gate
-from bench.peers import Peer, one_line
-from bench.prepared import Prepared
-from bench.results import Record
-from bench.timing import Effort, Result, measure, poison, synchronize
+from longgen_kernels.benchmark.cases import Case, Inputs, make_inputs
+from longgen_kernels.benchmark.gate import WHOLE_UP_TO, Gate
+from longgen_kernels.benchmark.peers import Peer, one_line
+from longgen_kernels.benchmark.prepared import Prepared
+from longgen_kernels.benchmark.results import Record
+from longgen_kernels.benchmark.timing import Effort, Result, measure, poison, synchronize
 
 # Where a kernel is compared whole before it is timed on sequences too long for that.
 CHECK_LENGTH = 8192
@@ -50,7 +50,7 @@ class Plan:
 class Runner:
     """Runs a plan on one device.
 
-    A kernel is compared with the reference before it is timed (see bench.gate), and what the last timed run returned is
+    A kernel is compared with the reference before it is timed (see gate.py), and what the last timed run returned is
     compared again. On sequences too long to be compared whole it must first pass on a shorter one of the same case.
     """
 

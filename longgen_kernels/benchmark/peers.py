@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.cases import Case, Inputs
-from bench.flex import Flex
-from bench.prepared import Prepared
 from longgen_kernels import AttentionPattern, explain_attention, longgen_attn_func
+from longgen_kernels.benchmark.cases import Case, Inputs
+from longgen_kernels.benchmark.flex import Flex
+from longgen_kernels.benchmark.prepared import Prepared
 
 
 class Peer(Protocol):

@@ -1,0 +1,205 @@
+"""Write the figures of README.md and docs/ from bench/results, tables and pictures: `python -m bench.tables`.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->` in its page; pictures go to docs/images.
+`--check` writes nothing and exits with 1 where a page or picture is not what the result files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import pictures
+from longgen_kernels import AttentionPattern, SparseKVCache
+from longgen_kernels.benchmark.results import load
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+Figures = Mapping[tuple[str, str, str], float]  # by case, peer and pass
+
+SINK_WINDOW = "sink 128 + window 2048"
+STRIDED = "window 1024 + every 16th 64-token block, a phase per head"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures of one result file: a row for each case, a column for each peer."""
+
+    name: str
+    page: str
+    file: str
+    corner: str
+    """The heading of the first column."""
+    quantity: str
+    """What the figures are, for a picture's axis."""
+    columns: Mapping[str, str]
+    """Peers by their headings."""
+    rows: Mapping[str, str]
+    """Cases by their labels."""
+    passes: tuple[str, ...] = ("fwd",)
+    digits: int = 0
+
+    def markdown(self, figures: Figures) -> str:
+        """The table; a cell without a figure is empty. ValueError for a row or column without any."""
+        lines = [f"| {self.corner} | {' | '.join(self.columns)} |", f"|{'---|' * (1 + len(self.columns))}"]
+        filled: set[str] = set()
+        for label, case in self.rows.items():
+            cells = []
+            for peer in self.columns.values():
+                values = [figures.get((case, peer, which)) for which in self.passes]
+                if None not in values:
+                    filled |= {case, peer}
+                cells.append("" if None in values else " / ".join(f"{value:.{self.digits}f}" for value in values))
+            lines.append("|".join(["", *(f" {cell} " if cell else " " for cell in (label, *cells)), ""]))
+        empty = {*self.columns.values(), *self.rows.values()} - filled
+        if empty:
+            raise ValueError(f"table {self.name}: {self.file} has no figure for {', '.join(sorted(empty))}")
+        return "\n".join(lines)
+
+    def panels(self, figures: Figures) -> dict[str, pictures.Bars]:
+        """For each pass the bars: by peer's heading, by case's label."""
+        return {
+            which: {
+                heading: {label: figures.get((case, peer, which)) for label, case in self.rows.items()}
+                for heading, peer in self.columns.items()
+            }
+            for which in self.passes
+        }
+
+
+TABLES = (
+    Table(
+        name="forward",
+        page="README.md",
+        file="h200-attention-fwd.json",
+        corner="forward",
+        quantity="useful TFLOP/s",
+        columns={"Hopper kernel": "cuda", "FlexAttention": "flex", "cuDNN, dense causal": "cudnn"},
+        rows={
+            f"{SINK_WINDOW}, 16K tokens": "sink_window/16K/mha",
+            f"{SINK_WINDOW}, 128K tokens": "sink_window/128K/mha",
+            "sink 128 + window of 16 whole 128-token blocks, 128K": "sink_window_blocks/128K/mha",
+            f"{STRIDED}, 16K": "strided/16K/mha",
+            f"{STRIDED}, 128K": "strided/128K/mha",
+            "window 2048 + every 16th 128-token block, 128K": "strided_128/128K/mha",
+            "dense causal, 16K": "causal/16K/mha",
+            "dense causal, 128K": "causal/128K/mha",
+        },
+    ),
+    Table(
+        name="triton",
+        page="README.md",
+        file="h200-triton-attention.json",
+        corner="forward / backward",
+        quantity="useful TFLOP/s",
+        columns={"Triton kernels": "triton", "FlexAttention": "flex", "cuDNN, dense causal": "cudnn"},
+        rows={
+            f"{SINK_WINDOW}, 16K tokens": "sink_window/16K/mha",
+            f"{SINK_WINDOW}, 128K tokens": "sink_window/128K/mha",
+            f"{STRIDED}, 16K tokens": "strided/16K/mha",
+            f"{STRIDED}, 128K tokens": "strided/128K/mha",
+            "dense causal, 16K tokens": "causal/16K/mha",
+            "dense causal, 128K tokens": "causal/128K/mha",
+        },
+        passes=("fwd", "bwd"),
+    ),
+    Table(
+        name="decode",
+        page="docs/kv-cache.md",
+        file="h200-decode.json",
+        corner="keys kept, KV heads",
+        quantity="microseconds a layer",
+        columns={"CUDA": "cuda", "with append": "cuda_append", "cuDNN": "cudnn", "FlashAttention-2": "fa2_sdpa"},
+        rows={"2048, 32": "mha_2048", "2048, 8": "gqa_2048", "9216, 32": "mha_9216"},
+        passes=("step",),
+        digits=1,
+    ),
+)
+
+
+def figures_of(path: Path) -> Figures:
+    """TFLOP/s of the passes in a file of `bench.run`, microseconds of the steps in one of `bench.decode`."""
+    data = json.loads(path.read_text())
+    if "read_bandwidth" in data:
+        timed = [record for record in data["records"] if record["status"] == "ok"]
+        return {(record["case"], record["peer"], "step"): record["median_us"] for record in timed}
+    return {record.identity: record.tflops for record in load(path).records if record.tflops is not None}
+
+
+def slots_table() -> str:
+    """What a cache keeps of 128K tokens: counted, not measured."""
+    tokens = 131072
+    patterns = {
+        SINK_WINDOW: AttentionPattern.sink_window(sink=128, window=2048),
+        "window 1024, every 16th block of 64": AttentionPattern.strided(16, 64, window=1024),
+        "dense": AttentionPattern.causal(),
+    }
+    lines = [f"| {tokens:,} tokens seen | slots a head |", "|---|---|"]
+    for label, pattern in patterns.items():
+        cache = SparseKVCache(pattern, batch=1, kv_heads=1, head_dim=1, max_seqlen=tokens, device="meta")
+        lines.append(f"| {label} | {cache.slots} |")
+    return "\n".join(lines)
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """The markdown of every table, by page and name."""
+    written: dict[str, dict[str, str]] = {"docs/kv-cache.md": {"slots": slots_table()}}
+    for table in TABLES:
+        written.setdefault(table.page, {})[table.name] = table.markdown(figures_of(RESULTS / table.file))
+    return written
+
+
+def filled_in(page: str, text: str, written: Mapping[str, str]) -> str:
+    """A page's text with its tables between their markers; ValueError for a table without a place, or without text."""
+    places = re.findall(r"<!-- table: (\w+) -->", text)
+    if sorted(places) != sorted(written):
+        raise ValueError(f"{page} has places for the tables {sorted(places)}; bench.tables writes {sorted(written)}")
+    for name, table in written.items():
+        start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+        before, _, rest = text.partition(start)
+        text = f"{before}{start}\n{table}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def drawings() -> list[pictures.Picture]:
+    """Every picture, drawn from the same figures."""
+    drawn = [pictures.of_patterns()]
+    for table in TABLES:
+        figures = figures_of(RESULTS / table.file)
+        drawn.append(pictures.of_bars(table.name, table.quantity, table.panels(figures), table.markdown(figures)))
+    return drawn
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 where something would change")
+    args = parser.parse_args(argv)
+    changed = []
+    for page, written in tables().items():
+        text = (ROOT / page).read_text()
+        new = filled_in(page, text, written)
+        if new != text:
+            changed.append(page)
+            if not args.check:
+                (ROOT / page).write_text(new)
+    for picture in drawings():
+        path = ROOT / "docs" / "images" / f"{picture.name}.png"
+        if picture.is_up_to_date(path):
+            continue
+        changed.append(str(path.relative_to(ROOT)))
+        if not args.check:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+    for name in changed:
+        print(f"{name}: {'is not what bench/results say; run python -m bench.tables' if args.check else 'written'}")
+    return int(args.check and bool(changed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
