@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import Cache
 
 from bench import machine
+from bench.whole_models import SHAPES, Contender, contenders
+from longgen_kernels import AttentionPattern
 from longgen_kernels.benchmark.cases import PATTERNS, length_name, parse_length
 from longgen_kernels.benchmark.peers import one_line
 from longgen_kernels.benchmark.timing import synchronize
-from bench.whole_models import SHAPES, Contender, contenders
-from longgen_kernels import AttentionPattern
 
 PARTS = ("prefill", "decode", "train")
 PEERS = ("hybrid", "dense")
