@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tempfile
+
 import pytest
 import torch
 from attention_cases import A, Case, dense, make_inputs, named_cases, packed, patterns_of_every_kind
@@ -116,6 +120,31 @@ def test_scores_that_outgrow_the_reference_of_the_first_tile(pattern: A, dtype: 
 
 def test_a_nan_query_shows_in_its_own_row_and_nowhere_else() -> None:
     check_nan_query("cuda", 128, BF16, "cuda")
+
+
+def test_a_thread_that_has_done_nothing_on_the_device() -> None:
+    """Threads have no CUDA context until the runtime gives them one; the driver's tensor maps need it."""
+    q, k, v, dout = (torch.randn(1, 100, 2, 128, dtype=BF16, device="cuda") for _ in range(4))
+    q.requires_grad_()
+    want = longgen_attn_func(q, k, v, A.causal(), backend="cuda")
+    (want_dq,) = torch.autograd.grad(want, q, dout, retain_graph=True)
+    code = """if True:
+        import torch, sys, threading
+        from longgen_kernels import AttentionPattern, longgen_attn_func
+        q, k, v, dout, want, want_dq = torch.load(sys.argv[1], map_location="cuda")
+        q.requires_grad_()
+        out = longgen_attn_func(q, k, v, AttentionPattern.causal(), backend="cuda")
+        out.backward(dout)  # autograd's thread begins with this kernel
+        assert torch.allclose(q.grad, want_dq, atol=1e-2)
+        got = []
+        thread = threading.Thread(target=lambda: got.append(longgen_attn_func(q, k, v, AttentionPattern.causal())))
+        thread.start(); thread.join()
+        assert torch.equal(got[0], want)
+    """
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        torch.save([x.detach() for x in (q, k, v, dout, want, want_dq)], file.name)
+        done = subprocess.run([sys.executable, "-c", code, file.name], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_repeated_runs_are_bitwise_equal() -> None:

@@ -12,7 +12,8 @@ namespace longgen::sm90 {
 
 // A (head_dim, rows, heads, batch) tensor of a 16-bit type that is copied in boxes of 64 elements
 // by `box_rows` rows, swizzled over 128 bytes. `sizes` and `strides` (in elements, of the last
-// three) are in that order.
+// three) are in that order. The driver makes it and wants the thread to have a context: call the
+// runtime first, which sees to that; a thread of autograd may have done nothing on the device yet.
 CUtensorMap tensor_map(const void* data, DType dtype, std::array<int64_t, 4> sizes,
                        std::array<int64_t, 3> strides, int box_rows);
 

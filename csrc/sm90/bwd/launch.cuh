@@ -31,6 +31,11 @@ void launch_attn_bwd(AttentionBwdParams params) {
   const int batch = params.cu_seqlens_q != nullptr ? 1 : params.batch;
   if (batch == 0 || params.seqlen_q == 0 || params.seqlen_k == 0) return;
 
+  // Before the tensor maps: see tensor_map.
+  const dim3 query_grid(plan.q_tiles, params.q_heads, batch);
+  bwd_rows_kernel<T, kHeadDim><<<query_grid, 256, 0, params.stream>>>(params);
+  LONGGEN_CHECK_LAUNCH("bwd_rows_kernel");
+
   const auto map = [&](const void* data, int rows, int heads, const OutStrides& strides,
                        int box_rows) {
     return tensor_map(data, params.dtype, {kHeadDim, rows, heads, batch},
@@ -44,10 +49,6 @@ void launch_attn_bwd(AttentionBwdParams params) {
   const int box = 1 << plan.log2_box;
   const CUtensorMap k = map(params.k, params.seqlen_k, params.kv_heads, params.k_strides, box);
   const CUtensorMap v = map(params.v, params.seqlen_k, params.kv_heads, params.v_strides, box);
-
-  const dim3 query_grid(plan.q_tiles, params.q_heads, batch);
-  bwd_rows_kernel<T, kHeadDim><<<query_grid, 256, 0, params.stream>>>(params);
-  LONGGEN_CHECK_LAUNCH("bwd_rows_kernel");
 
   if (params.deterministic) {
     using KeyTraits = BwdTraits<T, kHeadDim, false>;

@@ -27,6 +27,12 @@ void launch_attn_fwd(AttentionFwdParams params) {
   }
   const int box = 1 << params.log2_box;
 
+  const auto kernel = attn_fwd_kernel<Traits>;
+  // At each launch: the attribute belongs to a device, and which one is current may change.
+  // Before the tensor maps: see tensor_map.
+  LONGGEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          Traits::kSharedBytes));
+
   const int batch = packed ? 1 : params.batch;
   const auto map = [&](const void* data, int rows, int heads, int count, const OutStrides& strides,
                        int box_rows) {
@@ -47,10 +53,6 @@ void launch_attn_fwd(AttentionFwdParams params) {
   params.work_items = params.q_tiles * params.q_heads * batch;
   if (params.work_items == 0) return;
 
-  const auto kernel = attn_fwd_kernel<Traits>;
-  // At each launch: the attribute belongs to a device, and which one is current may change.
-  LONGGEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          Traits::kSharedBytes));
   int device = 0, multiprocessors = 0;
   LONGGEN_CUDA_CHECK(cudaGetDevice(&device));
   LONGGEN_CUDA_CHECK(
