@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +24,17 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+@contextmanager
+def one_line_errors(prog: str, *kinds: type[Exception], say: bool = True) -> Iterator[None]:
+    """Ends the process with status 2 for an error of these kinds, and with its message in one line if `say`."""
+    try:
+        yield
+    except kinds as error:
+        if say:
+            print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 class UsageError(ValueError):

@@ -22,6 +22,7 @@ from model_integration.command_line import (
     convertible_config,
     given_pattern,
     hybrid_config,
+    one_line_errors,
 )
 from model_integration.configuration import DEFAULT_SPARSE_PATTERN, LongGenConfig
 from model_integration.modeling import HYBRID_MODELS
@@ -153,10 +154,8 @@ def convert(config: LongGenConfig, files: list[Path], destination: Path, link: b
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with one_line_errors("python -m model_integration.convert", OSError):
         convert(args.config, args.files, args.destination, args.link)
-    except OSError as error:
-        raise SystemExit(f"python -m model_integration.convert: error: {error}") from error
     full = ", ".join(map(str, args.config.full_layer_indices)) or "none"
     print(
         f"{args.destination}: layers {full} of {args.config.num_hidden_layers} full, "

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from model_integration.command_line import one_line_errors
 from model_integration.data import (
     DataError,
     Document,
@@ -221,11 +221,8 @@ def draw(out: Path, records: list[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of loading: the run's own bar is enough
     args = parse_arguments(argv)
-    try:
+    with one_line_errors("python -m model_integration.evaluate", DataError):
         evaluate(args)
-    except DataError as error:
-        print(f"python -m model_integration.evaluate: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from transformers import (
 from transformers.utils import logging
 
 from model_integration.arguments import FREE_ON_RESUME, parse_arguments
+from model_integration.command_line import one_line_errors
 from model_integration.data import (
     DataError,
     Document,
@@ -255,11 +255,8 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of loading and saving: the run's own bar is enough
     args = parse_arguments(argv)
-    try:
+    with one_line_errors("python -m model_integration.finetune", DataError):
         finetune(args)
-    except DataError as error:
-        print(f"python -m model_integration.finetune: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from transformers.utils import logging
 
 from model_integration.arguments import build_parser, parse_arguments
 from model_integration.attention import NAME
-from model_integration.command_line import OneLineParser
+from model_integration.command_line import OneLineParser, one_line_errors
 from model_integration.context_parallel import EXCHANGES, Sharding
 from model_integration.context_parallel.traffic import bytes_by_heads, bytes_by_keys
 from model_integration.data import DataError, TokenBlocks
@@ -175,11 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         device = torch.device("cpu")
         dist.init_process_group("gloo")
     try:
-        train_parallel(args, device)
-    except DataError as error:
-        if dist.get_rank() == 0:
-            print(f"torchrun -m model_integration.train_parallel: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with one_line_errors("torchrun -m model_integration.train_parallel", DataError, say=dist.get_rank() == 0):
+            train_parallel(args, device)
     finally:
         dist.destroy_process_group()
 

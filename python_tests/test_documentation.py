@@ -44,24 +44,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         torch.distributed.destroy_process_group()
 
 
-def save_small_llama(path: Path) -> None:
-    """A Llama of random weights with the tokenizer of raw bytes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from model_integration.data import byte_tokenizer
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=260, max_position_embeddings=512, **sizes)).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-
-
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_blocks_run(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order and in one module, as a reader who follows the page runs them."""
     found = blocks(page, "python")
     if any("model_integration" in block.text or "transformers" in block.text for block in found):
         pytest.importorskip("transformers")
-        save_small_llama(folder / LLAMA)
+        from model_cases import save_byte_llama
+
+        save_byte_llama(folder / LLAMA, num_hidden_layers=6, num_attention_heads=4, max_position_embeddings=512)
     module = types.ModuleType("documentation_page")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where torch.compile looks for a block's functions
     for block in found:

@@ -5,28 +5,15 @@ import re
 
 import pytest
 import torch
+from model_cases import SINK_WINDOW, SMALL, STRIDED, VOCABULARY
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from longgen_kernels import AttentionPattern
 from model_integration import LongGenCache, LongGenLlamaConfig, LongGenLlamaForCausalLM
 from model_integration.generate import memory
 
-SINK_WINDOW = AttentionPattern.sink_window(sink=2, window=7)
-STRIDED = AttentionPattern.strided(3, 4, window=6, sink=1)  # per-head phases: both KV heads see other blocks
-VOCABULARY = 89
 PROMPT = 150
 TOLERANCE = {"rtol": 1e-4, "atol": 5e-5}
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,  # large enough that what attention sees decides the logits
-}
 OPTIONS = {
     "max_new_tokens": 24,
     "do_sample": False,

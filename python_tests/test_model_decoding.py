@@ -6,10 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
+from model_cases import SINK_WINDOW, SMALL, STRIDED, VOCABULARY
 from transformers import DynamicCache, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from longgen_kernels import AttentionPattern, SparseKVCache
+from longgen_kernels import SparseKVCache
 from model_integration import (
     GraphDecoder,
     LongGenCache,
@@ -20,27 +21,14 @@ from model_integration import (
     generate_with_graph,
 )
 
-VOCABULARY = 89
 PROMPT = 150
 OPTIONS = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-PATTERNS = [AttentionPattern.sink_window(sink=2, window=7), AttentionPattern.strided(3, 4, window=6, sink=1)]
+PATTERNS = [SINK_WINDOW, STRIDED]
 
 
 def make_model(pattern=PATTERNS[0], **changes):
     torch.manual_seed(1)
-    config = LongGenLlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        sparse_pattern=pattern,
-        full_layers=[1],
-        **changes,
-    )
+    config = LongGenLlamaConfig(**{**SMALL, **changes}, sparse_pattern=pattern, full_layers=[1])
     return LongGenLlamaForCausalLM(config).eval()
 
 

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from model_cases import save_byte_llama
 from torch.nn import functional as F
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaForCausalLM
 
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM, evaluate, scoring
@@ -75,23 +76,12 @@ class Forgetful(Copier):
 def checkpoints(tmp_path_factory):
     """A dense Llama, the hybrid with its weights, and one without any full layer; each with a tokenizer."""
     path = tmp_path_factory.mktemp("checkpoints")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=600,
-    )
-    LlamaForCausalLM(config).save_pretrained(path / "dense")
+    config = save_byte_llama(path / "dense", max_position_embeddings=600)
     for name, full_layers in (("hybrid", [1]), ("sparse", [])):
         hybrid = LongGenLlamaConfig.from_dense(
             config, sparse_pattern=AttentionPattern.sink_window(4, 16), full_layers=full_layers
         )
         LongGenLlamaForCausalLM.from_pretrained(path / "dense", config=hybrid).save_pretrained(path / name)
-    for name in ("dense", "hybrid", "sparse"):
         TOKENIZER.save_pretrained(path / name)
     GPT2Config().save_pretrained(path / "bare")
     return path

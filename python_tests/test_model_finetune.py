@@ -10,8 +10,9 @@ import time
 
 import pytest
 import torch
+from model_cases import save_byte_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaForCausalLM, finetune, generate
@@ -33,18 +34,7 @@ def texts(tmp_path_factory):
 def llama(tmp_path_factory):
     """A Llama checkpoint with a tokenizer, as a user would have one."""
     path = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=260,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=16,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
+    save_byte_llama(path, max_position_embeddings=16)
     return path
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from model_cases import SINK_WINDOW, SMALL, STRIDED, VOCABULARY
 from torch.nn.functional import pad
 from transformers import (
     AutoModelForCausalLM,
@@ -12,27 +13,12 @@ from transformers import (
     StaticCache,
 )
 
-from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM
 from model_integration.layout import SequenceLayout
 
-SINK_WINDOW = AttentionPattern.sink_window(sink=2, window=7)
-STRIDED = AttentionPattern.strided(3, 4, window=6, sink=1)  # per-head phases: both KV heads see other blocks
 IMPLEMENTATIONS = ["longgen", "sdpa", "eager"]
-VOCABULARY = 89
 LENGTH = 41
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
-
-SMALL = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,  # large enough that what attention sees decides the logits
-}
 
 
 @pytest.fixture(scope="module")

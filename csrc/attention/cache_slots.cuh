@@ -89,7 +89,7 @@ class CacheSlots {
       if (index >= cache_.sink_slots) {
         if (!has_chunks) return -1;
         const int inside = index - cache_.sink_slots, shift = pattern.log2_block;
-        position = (first_block_ + (inside >> shift) * pattern.stride << shift) +
+        position = ((first_block_ + (inside >> shift) * pattern.stride) << shift) +
                    (inside & ((1 << shift) - 1));
         if (position < cache_.sink_slots) return -1;
       } else if (!always && index + kChunk > pattern.sink) {
