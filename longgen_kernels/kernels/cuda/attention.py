@@ -45,7 +45,7 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
     pages, page_size, table_pages = (0, 0, 0) if table is None else (*k.shape[:2], table.shape[1])
     with on_device(q):
-        # By position: as keywords they would take as long as everything else here on the host.
+        # By position: as keywords they would cost the host more than an allocation.
         _C.attn_fwd_sm90(
             pattern.encode(), address(pattern.rows if isinstance(pattern, BlockMask) else None),
             problem.batch, q.shape[-3], k.shape[-3] if table is None else _ANY_LENGTH,
