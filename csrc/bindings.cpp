@@ -80,8 +80,8 @@ PatternParams parse_pattern(const std::array<int32_t, 9>& code, Address mask_row
 // A cache's arguments, as Python passes them.
 CacheParams cache_params(const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch,
                          int kv_heads, int head_dim, int slots, int pages, int log2_page,
-                         const std::string& dtype, Address k, Address v, const Strides& strides,
-                         Address seqlens, Address block_table) {
+                         int pool_pages, const std::string& dtype, Address k, Address v,
+                         const Strides& strides, Address seqlens, Address block_table) {
   CacheParams cache{};
   cache.pattern = parse_pattern(pattern, 0);
   cache.ring = ring;
@@ -92,6 +92,7 @@ CacheParams cache_params(const std::array<int32_t, 9>& pattern, int ring, int si
   cache.slots = slots;
   cache.pages = pages;
   cache.log2_page = log2_page;
+  cache.pool_pages = pool_pages;
   cache.dtype = parse_dtype(dtype);
   cache.k = reinterpret_cast<void*>(k);
   cache.v = reinterpret_cast<void*>(v);
@@ -275,14 +276,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cache_append",
       [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
-         int head_dim, int slots, int pages, int log2_page, const std::string& dtype,
-         Address k_cache, Address v_cache, const Strides& cache_strides, Address seqlens,
-         Address block_table, Address k, Address v, const Strides& new_strides, int n_new,
-         Address counts, bool advance, Address tickets, Address stream) {
+         int head_dim, int slots, int pages, int log2_page, int pool_pages,
+         const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
+         Address seqlens, Address block_table, Address k, Address v, const Strides& new_strides,
+         int n_new, Address counts, bool advance, Address tickets, Address stream) {
         CacheAppendParams params{};
-        params.cache =
-            cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots, pages,
-                         log2_page, dtype, k_cache, v_cache, cache_strides, seqlens, block_table);
+        params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
+                                    pages, log2_page, pool_pages, dtype, k_cache, v_cache,
+                                    cache_strides, seqlens, block_table);
         params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
         params.tickets = reinterpret_cast<uint32_t*>(tickets);
         params.stream = as_stream(stream);
@@ -290,23 +291,24 @@ PYBIND11_MODULE(_C, m) {
         cache_append(params);
       },
       py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
-      "slots"_a, "pages"_a, "log2_page"_a, "dtype"_a, "k_cache"_a, "v_cache"_a, "cache_strides"_a,
-      "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a, "counts"_a,
-      "advance"_a, "tickets"_a, "stream"_a);
+      "slots"_a, "pages"_a, "log2_page"_a, "pool_pages"_a, "dtype"_a, "k_cache"_a, "v_cache"_a,
+      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a,
+      "counts"_a, "advance"_a, "tickets"_a, "stream"_a);
 
   m.def(
       "attn_decode",
       [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
-         int head_dim, int slots, int pages, int log2_page, const std::string& dtype,
-         Address k_cache, Address v_cache, const Strides& cache_strides, Address seqlens,
-         Address block_table, Address k, Address v, const Strides& new_strides, int n_new,
-         Address counts, bool advance, Address tickets, int n, int q_heads, int q_offset,
+         int head_dim, int slots, int pages, int log2_page, int pool_pages,
+         const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
+         Address seqlens, Address block_table, Address k, Address v, const Strides& new_strides,
+         int n_new, Address counts, bool advance, Address tickets, int n, int q_heads, int q_offset,
          float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
-         int splits, bool starts_early, Address part_out, Address part_lse, Address stream) {
+         int splits, bool starts_early, bool bulk, bool clustered, Address part_out,
+         Address part_weights, Address stream) {
         DecodeParams params{};
-        params.cache =
-            cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots, pages,
-                         log2_page, dtype, k_cache, v_cache, cache_strides, seqlens, block_table);
+        params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
+                                    pages, log2_page, pool_pages, dtype, k_cache, v_cache,
+                                    cache_strides, seqlens, block_table);
         params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
         params.tickets = reinterpret_cast<uint32_t*>(tickets);
         params.n = n;
@@ -319,18 +321,20 @@ PYBIND11_MODULE(_C, m) {
         params.lse = reinterpret_cast<float*>(lse);
         params.splits = splits;
         params.starts_early = starts_early;
+        params.bulk = bulk;
+        params.clustered = clustered;
         params.part_out = reinterpret_cast<float*>(part_out);
-        params.part_lse = reinterpret_cast<float*>(part_lse);
+        params.part_weights = reinterpret_cast<float*>(part_weights);
         params.stream = as_stream(stream);
         py::gil_scoped_release release;
         attn_decode(params);
       },
       py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
-      "slots"_a, "pages"_a, "log2_page"_a, "dtype"_a, "k_cache"_a, "v_cache"_a, "cache_strides"_a,
-      "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a, "counts"_a,
-      "advance"_a, "tickets"_a, "n"_a, "q_heads"_a, "q_offset"_a, "softmax_scale"_a, "q"_a,
-      "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "starts_early"_a, "part_out"_a, "part_lse"_a,
-      "stream"_a);
+      "slots"_a, "pages"_a, "log2_page"_a, "pool_pages"_a, "dtype"_a, "k_cache"_a, "v_cache"_a,
+      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a,
+      "counts"_a, "advance"_a, "tickets"_a, "n"_a, "q_heads"_a, "q_offset"_a, "softmax_scale"_a,
+      "q"_a, "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "starts_early"_a, "bulk"_a, "clustered"_a,
+      "part_out"_a, "part_weights"_a, "stream"_a);
 
   m.def(
       "merge_attn_states",

@@ -158,7 +158,8 @@ struct CacheParams {
   int32_t sink_slots;  // the sink rounded up to 16; 2^30 where everything is kept
   int32_t batch, kv_heads, head_dim;
   int32_t slots;             // that one sequence can have
-  int32_t pages, log2_page;  // width of the block table, log2 of the page size
+  // Width of the block table, log2 of the page size, pages that there are.
+  int32_t pages, log2_page, pool_pages;
   DType dtype;
   void* k;  // (batch, kv_heads, slots, head_dim) or pages, 16-byte aligned; likewise v
   void* v;
@@ -195,12 +196,14 @@ struct DecodeParams {
   void* out;   // (batch, n, q_heads, head_dim), contiguous
   float* lse;  // (batch, q_heads, n), contiguous
   int32_t splits;
-  // Whether the kernel may start before the one ahead of it has ended (Hopper).
-  int32_t starts_early;
-  // Results of the splits, or nullptr when there is one: (batch, kv_heads, row tiles, splits, rows
-  // of a tile, head_dim), and without the last dimension.
+  // On Hopper: whether the kernel may start before the one ahead of it has ended; whether it copies
+  // in bulk, where chunks are neighbouring slots; and then, whether the splits (up to 8) are a
+  // cluster.
+  int32_t starts_early, bulk, clustered;
+  // Results of the splits, or nullptr where there is one or they are clustered: (batch, kv_heads,
+  // row tiles, splits, rows of a tile, head_dim), and 2 in place of the last dimension.
   float* part_out;
-  float* part_lse;
+  float* part_weights;
   uint32_t* tickets;  // (batch + batch * kv_heads * row tiles,), zeros before and after
   cudaStream_t stream;
   // Set by the launch.

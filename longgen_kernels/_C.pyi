@@ -22,6 +22,7 @@ def cache_append(
     slots: int,
     pages: int,
     log2_page: int,
+    pool_pages: int,
     dtype: str,
     k_cache: int,
     v_cache: int,
@@ -48,6 +49,7 @@ def attn_decode(
     slots: int,
     pages: int,
     log2_page: int,
+    pool_pages: int,
     dtype: str,
     k_cache: int,
     v_cache: int,
@@ -71,8 +73,10 @@ def attn_decode(
     lse: int,
     splits: int,
     starts_early: bool,
+    bulk: bool,
+    clustered: bool,
     part_out: int,
-    part_lse: int,
+    part_weights: int,
     stream: int,
 ) -> None: ...
 def merge_attn_states(

@@ -16,9 +16,16 @@ constexpr int kChunk = 16;  // slots; the ring and the sink are multiples of it
 
 class CacheSlots {
  public:
-  // Queries stand at positions p_first to p_last; keys are at positions below `end`.
-  __device__ CacheSlots(const CacheParams& cache, int kv_head, int p_first, int p_last, int end)
-      : cache_(cache), window_(cache.pattern.window), p_first_(p_first), p_last_(p_last) {
+  CacheSlots() = default;
+
+  // Queries stand at positions p_first to p_last; keys are at positions below `end`. Those from
+  // `fresh` on are not yet where a kernel reads: their chunks are not whole.
+  __device__ CacheSlots(const CacheParams& cache, int kv_head, int p_first, int p_last, int end,
+                        int fresh = INT_MAX)
+      : cache_(&cache),
+        window_(cache.pattern.window),
+        p_whole_(min(p_first, fresh - 1)),
+        p_last_(p_last) {
     const PatternParams& pattern = cache.pattern;
     const int shift = pattern.log2_block;
     if (!compact()) end = min(end, cache.slots);
@@ -57,18 +64,13 @@ class CacheSlots {
 
   __device__ __forceinline__ Token token(int chunk, int row) const {
     constexpr Token kNone{0, -1, -1};
-    const int shift = cache_.pattern.log2_block;
     if (chunk < permanent_chunks_) {
       const int index = chunk * kChunk + row;
-      int position = index;
-      if (index >= cache_.sink_slots) {
-        const int inside = index - cache_.sink_slots;
-        const int block = first_block_ + (inside >> shift) * cache_.pattern.stride;
-        position = (block << shift) + (inside & ((1 << shift) - 1));
-        if (position < cache_.sink_slots) return kNone;  // it is in the sink
-      }
+      const int position = permanent_position(index);
+      if (index >= cache_->sink_slots && position < cache_->sink_slots)
+        return kNone;  // in the sink
       if (index >= n_permanent_ || position >= hi_) return kNone;
-      return {position, last_seen(position), compact() ? cache_.ring + index : position};
+      return {position, last_seen(position), compact() ? cache_->ring + index : position};
     }
     const int ahead = (chunk - permanent_chunks_) * kChunk;
     const int position = ring_chunk_ * kChunk + ahead + row;
@@ -77,33 +79,30 @@ class CacheSlots {
     return {position, last_seen(position), ring_slot(ahead) + row};
   }
 
-  // The first of the chunk's slots, if they are neighbours and all queries see all their tokens;
-  // otherwise, or where that is not plain to see, -1.
-  __device__ __forceinline__ int whole(int chunk) const {
-    const PatternParams& pattern = cache_.pattern;
-    const bool always = pattern.window_kind == Window::kNone;
-    const bool has_chunks = pattern.stride != 0 && (1 << pattern.log2_block) >= kChunk;
-    if (chunk < permanent_chunks_) {
-      const int index = chunk * kChunk;
-      int position = index;
-      if (index >= cache_.sink_slots) {
-        if (!has_chunks) return -1;
-        const int inside = index - cache_.sink_slots, shift = pattern.log2_block;
-        position = ((first_block_ + (inside >> shift) * pattern.stride) << shift) +
-                   (inside & ((1 << shift) - 1));
-        if (position < cache_.sink_slots) return -1;
-      } else if (!always && index + kChunk > pattern.sink) {
-        return -1;
-      }
-      if (index + kChunk > n_permanent_ || position + kChunk - 1 > p_first_) return -1;
-      return compact() ? cache_.ring + index : position;
-    }
+  // The first of a chunk's slots, where they are neighbours.
+  __device__ __forceinline__ int first_slot(int chunk) const {
     const int ahead = (chunk - permanent_chunks_) * kChunk;
-    const int position = ring_chunk_ * kChunk + ahead;
-    if (pattern.stride != 0 && (!has_chunks || is_strided(position))) return -1;
-    if (position < lo_ || position + kChunk - 1 > p_first_ || last_seen(position) < p_last_)
-      return -1;
-    return compact() ? ring_slot(ahead) : position;
+    if (compact()) return ahead < 0 ? cache_->ring + chunk * kChunk : ring_slot(ahead);
+    return ahead < 0 ? permanent_position(chunk * kChunk) : ring_chunk_ * kChunk + ahead;
+  }
+
+  // Whether the chunk's slots are neighbours and all queries see all their tokens; also false where
+  // that is not plain to see.
+  __device__ __forceinline__ bool is_whole(int chunk) const {
+    const PatternParams& pattern = cache_->pattern;
+    const bool always = pattern.window_kind == Window::kNone;
+    if (chunk < permanent_chunks_) {
+      const int index = chunk * kChunk, position = permanent_position(index);
+      if (index >= cache_->sink_slots) {
+        if (!has_chunks(pattern) || position < cache_->sink_slots) return false;
+      } else if (!always && index + kChunk > pattern.sink) {
+        return false;
+      }
+      return index + kChunk <= n_permanent_ && position + kChunk - 1 <= p_whole_;
+    }
+    const int position = ring_chunk_ * kChunk + (chunk - permanent_chunks_) * kChunk;
+    if (pattern.stride != 0 && (!has_chunks(pattern) || is_strided(position))) return false;
+    return position >= lo_ && position + kChunk - 1 <= p_whole_ && last_seen(position) >= p_last_;
   }
 
   // The chunk that holds the token at this position, or -1.
@@ -120,62 +119,83 @@ class CacheSlots {
   __device__ __forceinline__ int slot(int position, int end) const {
     if (!compact()) return position;
     const int index = permanent_index(position);
-    if (index >= 0) return cache_.ring + index;
-    return cache_.ring > 0 && position + cache_.ring >= end ? position % cache_.ring : -1;
+    if (index >= 0) return cache_->ring + index;
+    return cache_->ring > 0 && position + cache_->ring >= end ? position % cache_->ring : -1;
   }
 
  private:
+  // Whether the blocks of a strided pattern consist of chunks.
+  static __device__ __forceinline__ bool has_chunks(const PatternParams& pattern) {
+    return pattern.stride != 0 && (1 << pattern.log2_block) >= kChunk;
+  }
+
+  // The position of the permanent token of this rank.
+  __device__ __forceinline__ int permanent_position(int index) const {
+    if (index < cache_->sink_slots) return index;
+    const int inside = index - cache_->sink_slots, shift = cache_->pattern.log2_block;
+    return ((first_block_ + (inside >> shift) * cache_->pattern.stride) << shift) +
+           (inside & ((1 << shift) - 1));
+  }
+
   // The slot of the token so many slots after the first of the run.
   __device__ __forceinline__ int ring_slot(int ahead) const {
     // Two turns suffice: the run is no longer than the ring and a chunk.
     int slot = ring_slot_ + ahead;
-    if (slot >= cache_.ring) slot -= cache_.ring;
-    if (slot >= cache_.ring) slot -= cache_.ring;
+    if (slot >= cache_->ring) slot -= cache_->ring;
+    if (slot >= cache_->ring) slot -= cache_->ring;
     return slot;
   }
 
   // A token's place among the permanent ones, or -1.
   __device__ __forceinline__ int permanent_index(int position) const {
-    if (position < cache_.sink_slots) return position;
+    if (position < cache_->sink_slots) return position;
     if (!is_strided(position)) return -1;
-    const int shift = cache_.pattern.log2_block;
-    const int rank = ((position >> shift) - first_block_) / cache_.pattern.stride;
-    return cache_.sink_slots + (rank << shift) + (position & ((1 << shift) - 1));
+    const int shift = cache_->pattern.log2_block;
+    const int rank = ((position >> shift) - first_block_) / cache_->pattern.stride;
+    return cache_->sink_slots + (rank << shift) + (position & ((1 << shift) - 1));
   }
 
-  __device__ __forceinline__ bool compact() const { return cache_.ring >= 0; }
+  __device__ __forceinline__ bool compact() const { return cache_->ring >= 0; }
 
   __device__ __forceinline__ bool is_strided(int position) const {
-    const PatternParams& pattern = cache_.pattern;
+    const PatternParams& pattern = cache_->pattern;
     return pattern.stride != 0 && ((position >> pattern.log2_block) + phase_) % pattern.stride == 0;
   }
 
   __device__ __forceinline__ int last_seen(int position) const {
-    const PatternParams& pattern = cache_.pattern;
+    const PatternParams& pattern = cache_->pattern;
     if (pattern.window_kind == Window::kNone || position < pattern.sink || is_strided(position))
       return INT_MAX;
     if (pattern.window_kind == Window::kTokens) return position + window_ - 1;
     return (((position >> pattern.log2_block) + window_) << pattern.log2_block) - 1;
   }
 
-  const CacheParams& cache_;
-  int window_, p_first_, p_last_;
+  const CacheParams* cache_;
+  int window_, p_whole_, p_last_;
   int hi_ = 0, lo_ = 0;
   int n_permanent_ = 0, permanent_chunks_ = 0, chunks_ = 0, ring_chunk_ = 0, ring_slot_ = 0;
   int first_block_ = 0, phase_ = 0;
 };
 
+// Where a slot's row lies: in which sequence's part of the cache, or page, and which row of it.
+// The block is -1 where there is none.
+struct Place {
+  int block, row;
+};
+__device__ __forceinline__ Place place_of(const CacheParams& cache, int sequence, int slot) {
+  if (slot < 0 || slot >= cache.slots) return {-1, 0};
+  if (cache.block_table == nullptr) return {sequence, slot};
+  return {__ldcg(cache.block_table + int64_t(sequence) * cache.pages + (slot >> cache.log2_page)),
+          slot & ((1 << cache.log2_page) - 1)};
+}
+
 // Offset of a slot's row, in elements; -1 where there is none.
 __device__ __forceinline__ int64_t slot_offset(const CacheParams& cache, int sequence, int kv_head,
                                                int slot) {
-  if (slot < 0 || slot >= cache.slots) return -1;
-  int64_t block = sequence;
-  if (cache.block_table != nullptr) {
-    block = __ldg(cache.block_table + int64_t(sequence) * cache.pages + (slot >> cache.log2_page));
-    if (block < 0) return -1;
-    slot &= (1 << cache.log2_page) - 1;
-  }
-  return block * cache.strides.block + kv_head * cache.strides.head + slot * cache.strides.slot;
+  const Place place = place_of(cache, sequence, slot);
+  if (place.block < 0) return -1;
+  return place.block * cache.strides.block + kv_head * cache.strides.head +
+         place.row * cache.strides.slot;
 }
 
 }  // namespace longgen

@@ -8,7 +8,8 @@ namespace longgen::decode {
 
 // How many new tokens a sequence gets.
 __device__ __forceinline__ int new_tokens(const NewTokensParams& tokens, int sequence) {
-  return tokens.counts == nullptr ? tokens.n : min(max(tokens.counts[sequence], 0), tokens.n);
+  return tokens.counts == nullptr ? tokens.n
+                                  : min(max(__ldcg(tokens.counts + sequence), 0), tokens.n);
 }
 
 // A warp copies key and value of a sequence's new token `i` to a slot.
@@ -27,6 +28,16 @@ __device__ __forceinline__ void write_token(const CacheParams& cache, const NewT
     T* const to = static_cast<T*>(is_key ? cache.k : cache.v) + target + column;
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
   }
+}
+
+// Counts up to `blocks`, and then from 0 again. Orders nothing.
+__device__ __forceinline__ uint32_t take_ticket(uint32_t* ticket, uint32_t blocks) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(ticket)), "r"(blocks - 1)
+               : "memory");
+  return before;
 }
 
 // Counts up to `blocks`, and then from 0 again; returns whether this was the last. Who gets true

@@ -1,134 +1,139 @@
-// Merging what the warps, and then the splits, have found: attention to different keys, each with
-// the log-sum-exp of its scores. Always in the same order.
+// Merging what the warps, and then the splits, have found: attention of the same rows to different
+// keys. Always in the same order.
 #pragma once
 
 #include "attention/softmax.cuh"
+#include "decode/append.cuh"
 #include "decode/tile.cuh"
-#include "decode/traits.cuh"
+#include "decode/warp_rows.cuh"
 #include "vector.cuh"
 
 namespace longgen::decode {
 
-constexpr int kMaxSplits = 128;
+// Two neighbouring elements of a row's output, not divided by the sum of its weights, which are
+// relative to 2^offset: -inf where the row saw nothing.
+struct Part {
+  float offset, sum;
+  float2 out;
+};
 
+// Reads the parts, kAtOnce of them without waiting for each other, and adds them up.
+template <int kAtOnce, typename Read>
+__device__ __forceinline__ Part merge(int parts, Read read) {
+  constexpr Part kNothing{-INFINITY, 0.f, {0.f, 0.f}};
+  Part all = kNothing;
+#pragma unroll 1
+  for (int first = 0; first < parts; first += kAtOnce) {
+    Part next[kAtOnce];
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) next[p] = first + p < parts ? read(first + p) : kNothing;
+    const float before = all.offset;
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) all.offset = fmaxf(all.offset, next[p].offset);
+    // What exponents are relative to: never -inf. NaN is in the sums, and stays there.
+    const float offset = all.offset == -INFINITY ? 0.f : all.offset;
+    const float rescale = fast_exp2(before - offset);
+    all.sum *= rescale;
+    all.out.x *= rescale;
+    all.out.y *= rescale;
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) {
+      const float weight = fast_exp2(next[p].offset - offset);
+      all.sum += weight * next[p].sum;
+      all.out.x += weight * next[p].out.x;
+      all.out.y += weight * next[p].out.y;
+    }
+  }
+  return all;
+}
+
+// Calls f(row, column) for the pairs of elements that are the `index`th of `threads` threads'.
+template <int kHeadDim, typename F>
+__device__ __forceinline__ void for_pairs(const Tile& tile, int index, int threads, F f) {
+  constexpr int kPairs = kHeadDim / 2;
+#pragma unroll 1
+  for (int i = index; i < tile.rows * kPairs; i += threads) f(i / kPairs, i % kPairs * 2);
+}
+
+// A warp's find as a part.
+template <typename Found>
+__device__ __forceinline__ Part part_of(const Found& found, int row, int column, float scale_log2) {
+  return {found.maximum[row] * scale_log2, found.sum[row],
+          *reinterpret_cast<const float2*>(found.out + row * Found::kStride + column)};
+}
+
+// Stores a row's output and LSE; 0 and -inf where it saw nothing.
 template <typename T>
-__device__ __forceinline__ T* out_row(const DecodeParams& params, const Tile& tile, int row) {
-  const int64_t token = int64_t(tile.sequence) * params.n + tile.token(params, row);
-  return static_cast<T*>(params.out) +
-         (token * params.q_heads + tile.head(params, row)) * params.cache.head_dim;
+__device__ __forceinline__ void store_result(const DecodeParams& params, const Tile& tile, int row,
+                                             int column, const Part& all) {
+  constexpr float kLn2 = 0.6931471805599453f;
+  const int token = tile.token(params, row), head = tile.head(params, row);
+  const float share = all.sum != 0.f ? 1.f / all.sum : 0.f;
+  T* const out = static_cast<T*>(params.out) +
+                 ((int64_t(tile.sequence) * params.n + token) * params.q_heads + head) *
+                     params.cache.head_dim +
+                 column;
+  out[0] = from_float<T>(all.out.x * share);
+  out[1] = from_float<T>(all.out.y * share);
+  if (column == 0)
+    params.lse[(int64_t(tile.sequence) * params.q_heads + head) * params.n + token] =
+        all.sum != 0.f ? (all.offset + log2f(all.sum)) * kLn2 : -INFINITY;
 }
 
-__device__ __forceinline__ float* lse_of(const DecodeParams& params, const Tile& tile, int row) {
-  const int64_t head = int64_t(tile.sequence) * params.q_heads + tile.head(params, row);
-  return params.lse + head * params.n + tile.token(params, row);
-}
-
-// An offset to take exponents relative to, from the largest of them.
-__device__ __forceinline__ float finite_or_0(float largest) {
-  return largest == -INFINITY ? 0.f : largest;
-}
-// A share of a sum; 0 for a row that saw nothing. NaN is not 0: it stays NaN.
-__device__ __forceinline__ float over(float x, float sum) { return sum != 0.f ? x / sum : 0.f; }
-// From base 2; -inf for a row that saw nothing.
-__device__ __forceinline__ float base2_lse(float offset, float sum) {
-  return sum != 0.f ? offset + log2f(sum) : -INFINITY;
-}
-constexpr float kLn2 = 0.6931471805599453f;
-
-// Merges what the warps have found. One split: the result. Several: this one's part of it, and its
-// base-2 LSE.
+// The parts of splits on their way through global memory. Other blocks write them in the same
+// launch, so they are read past the level-1 cache.
 template <typename Traits>
-__device__ __forceinline__ void merge_warps(const DecodeParams& params, const Tile& tile,
-                                            typename Traits::Shared& shared, float* part,
-                                            float* part_lse) {
-  static_assert(Traits::kWarps <= 32, "a lane for each warp");
-  const int lane = threadIdx.x % 32;
-  // What a warp's output counts in a row takes the place of its maximum: a warp has a row.
-  for (int row = threadIdx.x / 32; row < tile.rows; row += Traits::kWarps) {
-    const bool exists = lane < Traits::kWarps;
-    const float maximum = exists ? shared.maximum[lane][row] * params.scale_log2 : -INFINITY;
-    float largest = maximum;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2)
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, distance));
-    const float offset = finite_or_0(largest);
-    const float weight = fast_exp2(maximum - offset);
-    float sum = exists ? weight * shared.sum[lane][row] : 0.f;
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2)
-      sum += __shfl_xor_sync(0xffffffff, sum, distance);
-    if (exists) shared.maximum[lane][row] = over(weight, sum);
-    if (lane > 0) continue;
-    if (params.splits == 1) {
-      *lse_of(params, tile, row) = base2_lse(offset, sum) * kLn2;
-    } else {
-      part_lse[row] = base2_lse(offset, sum);
-    }
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < tile.rows * Traits::kHeadDim; i += Traits::kThreads) {
-    const int row = i / Traits::kHeadDim, column = i % Traits::kHeadDim;
-    float x = 0.f;
-#pragma unroll
-    for (int w = 0; w < Traits::kWarps; ++w)
-      x += shared.maximum[w][row] * shared.out[w][row * Traits::kOutStride + column];
-    if (params.splits == 1) {
-      out_row<typename Traits::T>(params, tile, row)[column] = from_float<typename Traits::T>(x);
-    } else {
-      part[i] = x;
-    }
-  }
-}
+class GlobalParts {
+ public:
+  __device__ GlobalParts(const DecodeParams& params, const Tile& tile)
+      : first_(tile.index * params.splits * Traits::kRows),
+        out_(params.part_out),
+        weights_(reinterpret_cast<float2*>(params.part_weights)) {}
 
-// Merges the parts of all splits. Other blocks wrote them in this launch, so they are read past the
-// level-1 cache.
-template <typename Traits>
-__device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile) {
-  constexpr int kAtOnce = 16;  // splits: reads that are waited for together
-  constexpr int kPairs = Traits::kHeadDim / 2;
-  const float* const part_lse = params.part_lse + tile.index * params.splits * Traits::kRows;
-  const float2* const part_out = reinterpret_cast<const float2*>(params.part_out) +
-                                 tile.index * params.splits * Traits::kRows * kPairs;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < tile.rows * kPairs; i += Traits::kThreads) {
-    const int row = i / kPairs, column = i % kPairs * 2;
-    const float* next_lse = part_lse + row;
-    const float2* next = part_out + i;
-    float largest = -INFINITY, sum = 0.f;
-    float2 out{0.f, 0.f};
-#pragma unroll 1
-    for (int left = params.splits; left > 0; left -= kAtOnce) {
-      float lse[kAtOnce];
-      float2 x[kAtOnce];
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s) {
-        lse[s] = s < left ? __ldcg(next_lse + s * Traits::kRows) : -INFINITY;
-        x[s] = s < left ? __ldcg(next + s * Traits::kRows * kPairs) : float2{};
-      }
-      next_lse += kAtOnce * Traits::kRows;
-      next += kAtOnce * Traits::kRows * kPairs;
-      const float before = largest;
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s) largest = fmaxf(largest, lse[s]);
-      const float offset = finite_or_0(largest);
-      const float rescale = fast_exp2(before - offset);
-      sum *= rescale;
-      out.x *= rescale;
-      out.y *= rescale;
-#pragma unroll
-      for (int s = 0; s < kAtOnce; ++s) {
-        const float weight = fast_exp2(lse[s] - offset);
-        sum += weight;
-        out.x += weight * x[s].x;
-        out.y += weight * x[s].y;
-      }
-    }
-    typename Traits::T* const target = out_row<typename Traits::T>(params, tile, row) + column;
-    target[0] = from_float<typename Traits::T>(over(out.x, sum));
-    target[1] = from_float<typename Traits::T>(over(out.y, sum));
-    if (column == 0) *lse_of(params, tile, row) = base2_lse(finite_or_0(largest), sum) * kLn2;
+  __device__ __forceinline__ void store(int split, int row, int column, const Part& part) const {
+    const int64_t i = first_ + split * Traits::kRows + row;
+    *reinterpret_cast<float2*>(out_ + i * Traits::kHeadDim + column) = part.out;
+    if (column == 0) weights_[i] = {part.offset, part.sum};
   }
+
+  __device__ __forceinline__ Part load(int split, int row, int column) const {
+    const int64_t i = first_ + split * Traits::kRows + row;
+    const float2 weights = __ldcg(weights_ + i);
+    return {weights.x, weights.y,
+            __ldcg(reinterpret_cast<const float2*>(out_ + i * Traits::kHeadDim + column))};
+  }
+
+ private:
+  int64_t first_;
+  float* out_;
+  float2* weights_;
+};
+
+// Merges what the warps of this block have found, and then, in the last block of the tile, what the
+// splits have. `found(w)` is what a warp has.
+template <typename Traits, typename OfWarp>
+__device__ __forceinline__ void merge_through_memory(const DecodeParams& params, const Tile& tile,
+                                                     int split, OfWarp found) {
+  using T = typename Traits::T;
+  constexpr int kAtOnce = 16;
+  const GlobalParts<Traits> parts(params, tile);
+  for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
+    const Part part = merge<Traits::kWarps>(
+        Traits::kWarps, [&](int w) { return part_of(found(w), row, column, params.scale_log2); });
+    if (params.splits == 1) {
+      store_result<T>(params, tile, row, column, part);
+    } else {
+      parts.store(split, row, column, part);
+    }
+  });
+  if (params.splits == 1 ||
+      !is_last(params.tickets + params.cache.batch + tile.index, params.splits))
+    return;
+  for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
+    store_result<T>(params, tile, row, column, merge<kAtOnce>(params.splits, [&](int s) {
+                      return parts.load(s, row, column);
+                    }));
+  });
 }
 
 }  // namespace longgen::decode

@@ -8,31 +8,58 @@
 #include "params.h"
 
 namespace longgen {
+
+#ifdef LONGGEN_SM90
+namespace sm90 {
+
+template <typename T, int kHeadDim>
+void launch_decode(const DecodeParams& params);
+
+extern template void launch_decode<__half, 64>(const DecodeParams&);
+extern template void launch_decode<__half, 96>(const DecodeParams&);
+extern template void launch_decode<__half, 128>(const DecodeParams&);
+extern template void launch_decode<__half, 256>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 64>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 96>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 128>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 256>(const DecodeParams&);
+
+}  // namespace sm90
+#endif
+
 namespace decode {
 
 template <typename T, int kHeadDim>
-void launch_decode(DecodeParams params);
+void launch_decode(const DecodeParams& params);
 
-extern template void launch_decode<__half, 64>(DecodeParams);
-extern template void launch_decode<__half, 96>(DecodeParams);
-extern template void launch_decode<__half, 128>(DecodeParams);
-extern template void launch_decode<__half, 256>(DecodeParams);
-extern template void launch_decode<__nv_bfloat16, 64>(DecodeParams);
-extern template void launch_decode<__nv_bfloat16, 96>(DecodeParams);
-extern template void launch_decode<__nv_bfloat16, 128>(DecodeParams);
-extern template void launch_decode<__nv_bfloat16, 256>(DecodeParams);
+extern template void launch_decode<__half, 64>(const DecodeParams&);
+extern template void launch_decode<__half, 96>(const DecodeParams&);
+extern template void launch_decode<__half, 128>(const DecodeParams&);
+extern template void launch_decode<__half, 256>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 64>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 96>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 128>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, 256>(const DecodeParams&);
+
+template <typename T, int kHeadDim>
+void launch_on(const DecodeParams& params) {
+#ifdef LONGGEN_SM90
+  if (params.bulk) return sm90::launch_decode<T, kHeadDim>(params);
+#endif
+  launch_decode<T, kHeadDim>(params);
+}
 
 template <typename T>
 void of_head_dim(const DecodeParams& params) {
   switch (params.cache.head_dim) {
     case 64:
-      return launch_decode<T, 64>(params);
+      return launch_on<T, 64>(params);
     case 96:
-      return launch_decode<T, 96>(params);
+      return launch_on<T, 96>(params);
     case 128:
-      return launch_decode<T, 128>(params);
+      return launch_on<T, 128>(params);
     case 256:
-      return launch_decode<T, 256>(params);
+      return launch_on<T, 256>(params);
     default:
       throw std::invalid_argument("head_dim is " + std::to_string(params.cache.head_dim) +
                                   "; the kernel was built for 64, 96, 128 and 256");
@@ -43,8 +70,15 @@ void of_head_dim(const DecodeParams& params) {
 
 int decode_rows_per_tile(int rows, int head_dim) { return rows > 8 && head_dim <= 128 ? 16 : 8; }
 
-void attn_decode(const DecodeParams& params) {
-  if (params.cache.batch == 0 || params.n == 0) return;
+void attn_decode(const DecodeParams& given) {
+  constexpr int kMaxSplits = 128;
+  if (given.cache.batch == 0 || given.n == 0) return;
+  if (given.splits < 1 || given.splits > kMaxSplits)
+    throw std::invalid_argument("splits must be from 1 to 128");
+  DecodeParams params = given;
+  params.group = params.q_heads / params.cache.kv_heads;
+  params.group_reciprocal = (65536 + params.group - 1) / params.group;
+  params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
   switch (params.cache.dtype) {
     case DType::kFloat16:
       return decode::of_head_dim<__half>(params);

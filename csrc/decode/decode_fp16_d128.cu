@@ -1,3 +1,3 @@
 #include "decode/launch.cuh"
 
-template void longgen::decode::launch_decode<__half, 128>(longgen::DecodeParams);
+template void longgen::decode::launch_decode<__half, 128>(const longgen::DecodeParams&);

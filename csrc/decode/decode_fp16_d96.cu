@@ -1,3 +1,3 @@
 #include "decode/launch.cuh"
 
-template void longgen::decode::launch_decode<__half, 96>(longgen::DecodeParams);
+template void longgen::decode::launch_decode<__half, 96>(const longgen::DecodeParams&);

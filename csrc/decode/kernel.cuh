@@ -17,18 +17,11 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     decode_kernel(const __grid_constant__ DecodeParams params) {
   using T = typename Traits::T;
   extern __shared__ __align__(16) char dynamic_shared[];
-  auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
+  auto* const found = reinterpret_cast<typename Traits::Found*>(dynamic_shared);
 
-  const int split = blockIdx.x, sequence = blockIdx.z;
-  const int kv_head = blockIdx.y / params.row_tiles, row_tile = blockIdx.y % params.row_tiles;
-  // Known to the compiler as the same in a warp, what follows from it lies in uniform registers.
-  const auto uniform = [](int x) { return __shfl_sync(0xffffffff, x, 0); };
-  const int warp = uniform(threadIdx.x / 32);
-  const int first_row = row_tile * Traits::kRows;
-  const int rows = min(params.n * params.group - first_row, Traits::kRows);
-  const Tile tile{
-      sequence, kv_head, first_row, rows,
-      (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
+  const int split = blockIdx.x, warp = uniform(threadIdx.x / 32);
+  const Tile tile = tile_of_block<Traits::kRows>(params);
+  const int sequence = tile.sequence, kv_head = tile.kv_head;
   sm90::let_next_kernel_start();
   sm90::wait_for_previous_kernels();
   // Another block may make it longer below, when all have read it.
@@ -36,7 +29,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int end = uniform(seqlen + new_tokens(params.new_tokens, sequence));
   const int p0 = seqlen + params.q_offset;
   const CacheSlots slots(params.cache, kv_head, p0 + tile.token(params, 0),
-                         p0 + tile.token(params, rows - 1), end);
+                         p0 + tile.token(params, tile.rows - 1), end);
   const Share share = share_of(slots.count(), split, params.splits);
 
   // The new tokens that are in this block's chunks are written before they are read. Blocks of
@@ -52,9 +45,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
   if (wrote) __syncthreads();
 
-  WarpStream<Traits> stream(params, slots, tile, p0);
-  stream.run(share.first + warp, share.last);
-  stream.store(shared.out[warp], shared.maximum[warp], shared.sum[warp]);
+  WarpRows<Traits> rows(params, tile, p0);
+  WarpStream<Traits>(params, slots, tile, rows).run(share.first + warp, share.last);
+  rows.store(found[warp]);
   __syncthreads();
   // Every thread has used the length that it read. The last block of the sequence to come here
   // replaces it.
@@ -62,11 +55,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       counts_last(params.tickets + sequence, gridDim.x * gridDim.y))
     params.cache.seqlens[sequence] = end;
 
-  const int64_t part = (tile.index * params.splits + split) * Traits::kRows;
-  merge_warps<Traits>(params, tile, shared, params.part_out + part * Traits::kHeadDim,
-                      params.part_lse + part);
-  if (params.splits > 1 && is_last(params.tickets + params.cache.batch + tile.index, params.splits))
-    merge_splits<Traits>(params, tile);
+  merge_through_memory<Traits>(params, tile, split,
+                               [&](int w) -> const typename Traits::Found& { return found[w]; });
 }
 
 }  // namespace longgen::decode

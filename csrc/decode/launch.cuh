@@ -1,10 +1,9 @@
 // Host side of the decode kernel: rows a block, grid, launch.
 #pragma once
 
-#include <stdexcept>
-
 #include "cuda_check.h"
 #include "decode/kernel.cuh"
+#include "decode/traits.cuh"
 
 namespace longgen::decode {
 
@@ -33,12 +32,7 @@ void launch(DecodeParams params) {
 }
 
 template <typename T, int kHeadDim>
-void launch_decode(DecodeParams params) {
-  params.group = params.q_heads / params.cache.kv_heads;
-  params.group_reciprocal = (65536 + params.group - 1) / params.group;
-  params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
-  if (params.splits < 1 || params.splits > kMaxSplits)
-    throw std::invalid_argument("splits must be from 1 to 128");
+void launch_decode(const DecodeParams& params) {
   if constexpr (kHeadDim <= 128) {
     if (decode_rows_per_tile(params.n * params.group, kHeadDim) == 16)
       return launch<DecodeTraits<T, kHeadDim, 2>>(params);

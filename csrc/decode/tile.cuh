@@ -21,6 +21,19 @@ struct Tile {
   }
 };
 
+// That of this thread block, in a grid of splits, KV heads times row tiles, sequences.
+template <int kRows>
+__device__ __forceinline__ Tile tile_of_block(const DecodeParams& params) {
+  const int sequence = blockIdx.z;
+  const int kv_head = blockIdx.y / params.row_tiles, row_tile = blockIdx.y % params.row_tiles;
+  const int first_row = row_tile * kRows;
+  return {sequence, kv_head, first_row, min(params.n * params.group - first_row, kRows),
+          (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
+}
+
+// Known to the compiler as the same in a warp, what follows from it lies in uniform registers.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
+
 // A split's share of a sequence's chunks: from first to before last.
 struct Share {
   int first, last;

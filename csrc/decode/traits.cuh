@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "attention/cache_slots.cuh"
+#include "decode/warp_rows.cuh"
 
 namespace longgen::decode {
 
@@ -15,19 +16,15 @@ struct DecodeTraits {
   static constexpr int kRows = 8 * kOctets;  // of the query: tokens times heads of a group
   // One block fills a multiprocessor. A thread holds a chunk's keys and values, kHeadDim / 2
   // registers, Q and the output, 3 kHeadDim / 8 each octet, and some 50 others.
-  static constexpr int kWarps = kHeadDim * kOctets <= 64 ? 16 : kHeadDim * kOctets <= 128 ? 12 : 8;
+  static constexpr int kWarps = kHeadDim * kOctets <= 64 ? 16 : 8;
   static constexpr int kThreads = 32 * kWarps;
   static_assert(kHeadDim % 32 == 0, "four lanes read 32 elements of a key at once");
   static_assert(sizeof(T) == 2, "matrix instructions of 16-bit types");
 
-  // An odd number: a warp's lanes write to different banks, or two to one.
-  static constexpr int kOutStride = kHeadDim + 1;
-  struct Shared {  // what each warp has found
-    float out[kWarps][kRows * kOutStride];
-    float maximum[kWarps][kRows];
-    float sum[kWarps][kRows];
-  };
-  static constexpr int kSharedBytes = sizeof(Shared);
+  static __device__ __forceinline__ int key_element(int i, int c) { return 32 * i + 8 * c; }
+
+  using Found = decode::Found<kRows, kHeadDim>;
+  static constexpr int kSharedBytes = kWarps * sizeof(Found);
   static_assert(kSharedBytes <= 99 * 1024, "some GPUs give a block no more");
 };
 

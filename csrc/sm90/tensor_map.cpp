@@ -35,7 +35,8 @@ Encode encode_function() {
 }  // namespace
 
 CUtensorMap tensor_map(const void* data, DType dtype, std::array<int64_t, 4> sizes,
-                       std::array<int64_t, 3> strides, int box_rows) {
+                       std::array<int64_t, 3> strides, int box_rows,
+                       CUtensorMapL2promotion promotion) {
   const auto type =
       dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   std::array<cuuint64_t, 4> dims{};
@@ -48,10 +49,10 @@ CUtensorMap tensor_map(const void* data, DType dtype, std::array<int64_t, 4> siz
   const std::array<cuuint32_t, 4> box{64, static_cast<cuuint32_t>(box_rows), 1, 1};
   const std::array<cuuint32_t, 4> step{1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status = encode_function()(
-      &map, type, 4, const_cast<void*>(data), dims.data(), bytes.data(), box.data(), step.data(),
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult status =
+      encode_function()(&map, type, 4, const_cast<void*>(data), dims.data(), bytes.data(),
+                        box.data(), step.data(), CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        CU_TENSOR_MAP_SWIZZLE_128B, promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (status != CUDA_SUCCESS)
     throw std::runtime_error("cuTensorMapEncodeTiled refused a tensor (CUresult " +
                              std::to_string(status) + ")");

@@ -15,6 +15,7 @@ namespace longgen::sm90 {
 // three) are in that order. The driver makes it and wants the thread to have a context: call the
 // runtime first, which sees to that; a thread of autograd may have done nothing on the device yet.
 CUtensorMap tensor_map(const void* data, DType dtype, std::array<int64_t, 4> sizes,
-                       std::array<int64_t, 3> strides, int box_rows);
+                       std::array<int64_t, 3> strides, int box_rows,
+                       CUtensorMapL2promotion promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 
 }  // namespace longgen::sm90

@@ -18,6 +18,25 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+// 16 and 8 bytes from and to shared memory.
+__device__ __forceinline__ void load_shared_16_bytes(uint32_t* r, uint32_t shared) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared)
+               : "memory");
+}
+__device__ __forceinline__ void load_shared_8_bytes(uint32_t* r, uint32_t shared) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(shared)
+               : "memory");
+}
+__device__ __forceinline__ void store_shared_16_bytes(uint32_t shared, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
+               : "memory");
+}
+
 // Stores four 8 x 8 matrices of 16-bit elements, transposed. A thread holds, of each, two
 // neighbouring elements of row lane / 4; lanes 8m to 8m + 7 give the addresses of the stored rows
 // (16 bytes) of matrix m.

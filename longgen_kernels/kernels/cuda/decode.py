@@ -24,6 +24,8 @@ from longgen_kernels.kernels.cuda.extension import available
 _HEAD_DIMS = (64, 96, 128, 256)
 _MAX_GROUP = 16  # query heads of a KV head
 _CHUNKS_A_SPLIT = 4  # of 16 slots, at least
+_MAX_CLUSTER = 8  # thread blocks
+_CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
 
 
 def cache_unsupported(cache: CacheTensors) -> str | None:
@@ -80,11 +82,12 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     rows = _C.decode_rows_per_tile(rows=n * problem.group, head_dim=head_dim)
     row_tiles = -(-n * problem.group // rows)
     blocks = batch * cache.kv_heads * row_tiles
-    # One block fills a multiprocessor; a split of a few chunks is not worth its part in the combination.
-    splits = num_splits(blocks, max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT), multiprocessors(q.device))
-    part_out = part_lse = None
-    if splits > 1:
-        part_lse = torch.empty(blocks * splits * rows, dtype=torch.float32, device=q.device)
+    hopper = _runs_hopper_code(q.device)
+    bulk = hopper and cache.slots > 0 and not _is_scattered(cache)
+    splits, clustered = _splits(cache, blocks, multiprocessors(q.device), bulk)
+    part_out = part_weights = None
+    if splits > 1 and not clustered:
+        part_weights = torch.empty(blocks * splits * rows * 2, dtype=torch.float32, device=q.device)
         part_out = torch.empty(blocks * splits * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
@@ -102,12 +105,36 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
             out=out.data_ptr(),
             lse=lse.data_ptr(),
             splits=splits,
-            starts_early=_runs_hopper_code(q.device),
+            starts_early=hopper,
+            bulk=bulk,
+            clustered=clustered,
             part_out=address(part_out),
-            part_lse=address(part_lse),
+            part_weights=address(part_weights),
             stream=current_stream(q),
         )
     return out, lse
+
+
+def _splits(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> tuple[int, bool]:
+    """Into how many splits a sequence is divided, and whether they are a cluster.
+
+    Depends on sizes alone, not on lengths: a CUDA graph is replayed while the cache grows. A block fills a
+    multiprocessor. A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit
+    on all multiprocessors: on half of them they do, which is enough to read what is short.
+    """
+    most = max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT)  # a split of a few chunks is not worth its part in the merge
+    if bulk:
+        cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
+        nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()
+        if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
+            return cluster, True
+    return num_splits(blocks, most, multiprocessors), False
+
+
+def _is_scattered(cache: CacheTensors) -> bool:
+    """Whether strided blocks of less than a granule lie where their positions say, each in a place of its own."""
+    pattern = cache.layout.pattern
+    return cache.layout.ring is None and pattern.stride is not None and pattern.block_size < GRANULE
 
 
 @lru_cache
@@ -130,6 +157,7 @@ def _cache(cache: CacheTensors) -> dict[str, Any]:
         "slots": cache.slots,
         "pages": 0 if cache.block_table is None else cache.block_table.shape[1],
         "log2_page": 0 if cache.block_table is None else cache.page_size.bit_length() - 1,
+        "pool_pages": 0 if cache.block_table is None else cache.k.shape[0],
         "dtype": DTYPE_NAMES[cache.k.dtype],
         "k_cache": cache.k.data_ptr(),
         "v_cache": cache.v.data_ptr(),

@@ -1,0 +1,155 @@
+// Hopper's decode kernel: split-KV attention to a cache, with the new tokens' append and the
+// splits' combination in it.
+//
+// A thread block has one tile of query rows and one split of a KV head's chunks, of which each warp
+// streams its own. The splits of a tile are the blocks of a cluster, and merge through their shared
+// memory; where there are too many for that, through global memory.
+#pragma once
+
+#include "arch/sm90/cluster.cuh"
+#include "arch/sm90/dependent_launch.cuh"
+#include "decode/append.cuh"
+#include "decode/combine.cuh"
+#include "sm90/decode/stream.cuh"
+
+namespace longgen::sm90 {
+
+// Of a sequence, before and after the new tokens.
+struct Lengths {
+  int old, end;
+
+  __device__ __forceinline__ bool operator!=(const Lengths& other) const {
+    return old != other.old || end != other.end;
+  }
+};
+__device__ __forceinline__ Lengths read_lengths(const DecodeParams& params, int sequence) {
+  const int old = __ldcg(params.cache.seqlens + sequence);
+  return {old, old + decode::new_tokens(params.new_tokens, sequence)};
+}
+
+// How the blocks of a cluster share out the pairs of elements that they merge: each a run of them.
+struct Slices {
+  int pairs, each;
+  __device__ Slices(int pairs, int blocks) : pairs(pairs), each((pairs + blocks - 1) / blocks) {}
+  __device__ int size(int rank) const { return max(min(each, pairs - rank * each), 0); }
+};
+
+// Says how much the other blocks, and this one, will write here. Once, before the cluster's
+// barrier.
+template <typename Traits>
+__device__ __forceinline__ void expect_parts(const decode::Tile& tile, int split, int splits,
+                                             typename Traits::Shared& shared) {
+  const Slices slices(tile.rows * Traits::kHeadDim / 2, splits);
+  shared.merged.init(1);
+  fence_barrier_init();
+  shared.merged.arrive_and_expect(splits * (slices.size(split) + tile.rows) * sizeof(float2));
+}
+
+// Merges what the warps of this block have found, sends it to the blocks that merge it further, and
+// does that with this block's slice.
+template <typename Traits, typename OfWarp>
+__device__ __forceinline__ void merge_through_cluster(const DecodeParams& params,
+                                                      const decode::Tile& tile, int split,
+                                                      typename Traits::Shared& shared,
+                                                      OfWarp found) {
+  constexpr int kPairs = Traits::kHeadDim / 2;
+  const int splits = params.splits;
+  const Slices slices(tile.rows * kPairs, splits);
+  cluster_wait();
+  decode::for_pairs<Traits::kHeadDim>(
+      tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
+        const decode::Part part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
+          return decode::part_of(found(w), row, column, params.scale_log2);
+        });
+        const int i = row * kPairs + column / 2, owner = i / slices.each;
+        store_remote(shared.part_out + split * slices.each + i - owner * slices.each, shared.merged,
+                     owner, part.out);
+        if (column != 0) return;
+#pragma unroll 1
+        for (int rank = 0; rank < splits; ++rank)
+          store_remote(shared.part_weights[split] + row, shared.merged, rank,
+                       {part.offset, part.sum});
+      });
+  shared.merged.wait(0);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < slices.size(split); i += Traits::kThreads) {
+    const int pair = split * slices.each + i, row = pair / kPairs, column = pair % kPairs * 2;
+    const decode::Part all = decode::merge<Traits::kMaxCluster>(splits, [&](int block) {
+      const float2 weights = shared.part_weights[block][row];
+      return decode::Part{weights.x, weights.y, shared.part_out[block * slices.each + i]};
+    });
+    decode::store_result<typename Traits::T>(params, tile, row, column, all);
+  }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    decode_kernel(const __grid_constant__ DecodeParams params,
+                  const __grid_constant__ CacheMaps maps) {
+  extern __shared__ __align__(1024) char dynamic_shared[];
+  auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
+
+  const int split = blockIdx.x, warp = decode::uniform(threadIdx.x / 32);
+  const decode::Tile tile = decode::tile_of_block<Traits::kRows>(params);
+  if (threadIdx.x % 32 == 0) {
+    prefetch_descriptor(maps.k);
+    prefetch_descriptor(maps.v);
+    for (int i = 0; i < 2 * Traits::kStages; ++i) shared.full[warp][i / 2][i % 2].init(1);
+    fence_barrier_init();
+  }
+  __syncwarp();
+  if (params.clustered) {
+    if (threadIdx.x == 0) expect_parts<Traits>(tile, split, params.splits, shared);
+    cluster_arrive();
+  }
+  let_next_kernel_start();
+
+  // The length before the kernels ahead have ended is most often the one after, and what follows
+  // from it is found while they end; not so with pages, which they may move without a trace.
+  // Another block may make the sequence longer below, when all have read its length.
+  if (params.cache.block_table != nullptr) wait_for_previous_kernels();
+  Lengths lengths = read_lengths(params, tile.sequence), now = lengths;
+  CacheSlots slots;
+  BulkStream<Traits> stream(params, maps, slots, tile, shared);
+  Inputs<Traits> inputs(params, tile);
+  bool first = true;
+#pragma unroll 1
+  do {
+    lengths = now;
+    const int p0 = lengths.old + params.q_offset;
+    slots = CacheSlots(params.cache, tile.kv_head, p0 + tile.token(params, 0),
+                       p0 + tile.token(params, tile.rows - 1), lengths.end, lengths.old);
+    const decode::Share share = decode::share_of(slots.count(), split, params.splits);
+    stream.prepare(share.first + warp, share.last);
+    if (first) {
+      wait_for_previous_kernels();
+      now = read_lengths(params, tile.sequence);
+      inputs.load();
+    }
+    first = false;
+    stream.start();
+    if (now != lengths) stream.drop();
+  } while (now != lengths);
+  inputs.store(shared.inputs);
+  __syncthreads();
+  // Every thread has read the length. The last block of the sequence to come here replaces it, in
+  // the end: meanwhile the answer is on its way.
+  uint32_t ticket = ~0u;
+  if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
+    ticket = decode::take_ticket(params.tickets + tile.sequence, gridDim.x * gridDim.y);
+  decode::WarpRows<Traits> rows(params, tile, decode::uniform(lengths.old) + params.q_offset);
+  stream.run(lengths.old, rows);
+  const auto found = [&](int w) -> typename Traits::Found& {
+    return *reinterpret_cast<typename Traits::Found*>(shared.ring[w]);
+  };
+  rows.store(found(warp));
+  __syncthreads();
+  if (params.clustered) {
+    merge_through_cluster<Traits>(params, tile, split, shared, found);
+  } else {
+    decode::merge_through_memory<Traits>(params, tile, split, found);
+  }
+  if (ticket == gridDim.x * gridDim.y - 1) params.cache.seqlens[tile.sequence] = lengths.end;
+}
+
+}  // namespace longgen::sm90

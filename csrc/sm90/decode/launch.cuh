@@ -1,0 +1,60 @@
+// Host side of Hopper's decode kernel: tensor maps, clusters, launch.
+#pragma once
+
+#include <array>
+
+#include "cuda_check.h"
+#include "sm90/decode/kernel.cuh"
+#include "sm90/tensor_map.h"
+
+namespace longgen::sm90 {
+
+// Promotion to 256 bytes, which other kernels' maps have, would cost 7 to 10% of the time.
+inline CUtensorMap cache_map(const CacheParams& cache, const void* data) {
+  const bool paged = cache.block_table != nullptr;
+  const int rows = paged ? 1 << cache.log2_page : cache.slots;
+  const int blocks = paged ? cache.pool_pages : cache.batch;
+  const CacheStrides& strides = cache.strides;
+  return tensor_map(data, cache.dtype, {cache.head_dim, rows, cache.kv_heads, blocks},
+                    {strides.slot, strides.head, strides.block}, kChunk,
+                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+}
+
+template <typename Traits>
+void launch(DecodeParams params) {
+  const auto kernel = decode_kernel<Traits>;
+  const int rows = params.n * params.group;
+  params.row_tiles = (rows + Traits::kRows - 1) / Traits::kRows;
+  // At each launch: the attribute belongs to a device, and which one is current may change.
+  // Before the tensor maps: see tensor_map.
+  LONGGEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          Traits::kSharedBytes));
+  const CacheMaps maps{cache_map(params.cache, params.cache.k),
+                       cache_map(params.cache, params.cache.v)};
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = params.starts_early;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = params.splits;
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(params.splits, params.cache.kv_heads * params.row_tiles, params.cache.batch);
+  config.blockDim = dim3(Traits::kThreads);
+  config.dynamicSmemBytes = Traits::kSharedBytes;
+  config.stream = params.stream;
+  config.attrs = attributes.data();
+  config.numAttrs = params.clustered ? 2 : 1;
+  LONGGEN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params, maps));
+}
+
+template <typename T, int kHeadDim>
+void launch_decode(const DecodeParams& params) {
+  if constexpr (kHeadDim <= 128) {
+    if (decode_rows_per_tile(params.n * params.group, kHeadDim) == 16)
+      return launch<DecodeTraits<T, kHeadDim, 2>>(params);
+  }
+  launch<DecodeTraits<T, kHeadDim, 1>>(params);
+}
+
+}  // namespace longgen::sm90

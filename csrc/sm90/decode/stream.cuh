@@ -1,0 +1,235 @@
+// A warp's keys and values through shared memory: the bulk copy engine keeps a ring of chunks
+// filled that is the warp's own, so that no warp waits for another.
+#pragma once
+
+#include "arch/sm90/shared_copy.cuh"
+#include "arch/sm90/tma.cuh"
+#include "attention/cache_slots.cuh"
+#include "decode/append.cuh"
+#include "decode/warp_rows.cuh"
+#include "sm90/decode/inputs.cuh"
+#include "sm90/decode/traits.cuh"
+
+namespace longgen::sm90 {
+
+// (head_dim, slots, KV heads, sequences or pages)
+struct CacheMaps {
+  CUtensorMap k, v;
+};
+
+// New tokens, from position `fresh` on, are not in the cache when the copies start: their rows are
+// written to the ring after them, and to the cache.
+template <typename Traits>
+class BulkStream {
+  using T = typename Traits::T;
+  using Rows = decode::WarpRows<Traits>;
+
+ public:
+  __device__ BulkStream(const DecodeParams& params, const CacheMaps& maps, const CacheSlots& slots,
+                        const decode::Tile& tile, typename Traits::Shared& shared)
+      : params_(params),
+        maps_(maps),
+        slots_(slots),
+        tile_(tile),
+        lane_(threadIdx.x % 32),
+        ring_(shared.ring[decode::uniform(threadIdx.x / 32)]),
+        full_(shared.full[decode::uniform(threadIdx.x / 32)]),
+        inputs_(shared.inputs) {}
+
+  // Finds the chunks first, first + kWarps, ... below end.
+  __device__ __forceinline__ void prepare(int first, int end) {
+    first_ = next_ = first;
+    end_ = end;
+    find();
+  }
+
+  // Asks for the first of them.
+  __device__ __forceinline__ void start() {
+#pragma unroll 1
+    for (int stage = 0; stage < Traits::kStages && next_ < end_; ++stage) {
+      fetch(stage, 0);
+      fetch(stage, 1);
+    }
+    classify();  // now: nothing was to come before the copies
+    whole_ = wholes_;
+  }
+
+  // Waits for what `start` asked for, so that it can be called again.
+  __device__ __forceinline__ void drop() {
+#pragma unroll 1
+    for (int stage = 0; first_ + stage * Traits::kWarps < next_; ++stage) {
+      full_[stage][0].wait(parity_ >> stage & 1);
+      full_[stage][1].wait(parity_ >> stage & 1);
+      parity_ ^= 1u << stage;
+    }
+  }
+
+  // Attends to the chunks.
+  __device__ __forceinline__ void run(int fresh, Rows& rows) {
+    int stage = 0;
+#pragma unroll 1
+    for (int chunk = first_; chunk < end_; chunk += Traits::kWarps) {
+      attend(chunk, stage, fresh, rows);
+      parity_ ^= 1u << stage;
+      if (++stage == Traits::kStages) stage = 0;
+    }
+  }
+
+ private:
+  // Copies keys (half 0) or values (half 1) of the next chunk to the stage. After the values, the
+  // chunk after it is the next.
+  __device__ __forceinline__ void fetch(int stage, int half) {
+    if (half == 0) {
+      // Each lane finds one of the next 32.
+      if (found_ == 32) {
+        find();
+        classify();
+      }
+      row_ = decode::uniform(__shfl_sync(0xffffffff, place_.row, found_));
+      block_ = decode::uniform(__shfl_sync(0xffffffff, place_.block, found_));
+      fetched_ = wholes_ >> found_ & 1;
+      ++found_;
+    } else {
+      whole_ = (whole_ & ~(1u << stage)) | fetched_ << stage;
+      next_ += Traits::kWarps;
+    }
+    if (lane_ != 0) return;
+    full_[stage][half].arrive_and_expect(Traits::kHalfBytes);
+#pragma unroll
+    for (int box = 0; box < Traits::kBoxes; ++box)
+      copy_box(half == 0 ? maps_.k : maps_.v, full_[stage][half],
+               ring_[stage] + half * Traits::kHalfBytes + box * Traits::kBoxBytes, 64 * box, row_,
+               tile_.kv_head, block_);
+  }
+
+  // Rows outside the cache become zeros, all of them where there is no page.
+  __device__ __forceinline__ void find() {
+    const int chunk = next_ + lane_ * Traits::kWarps;
+    place_ = place_of(params_.cache, tile_.sequence, slots_.first_slot(chunk));
+    batch_ = chunk;
+    found_ = 0;
+  }
+  __device__ __forceinline__ void classify() {
+    wholes_ = __ballot_sync(0xffffffff, slots_.is_whole(batch_) && place_.block >= 0);
+  }
+
+  __device__ __forceinline__ void attend(int chunk, int stage, int fresh, Rows& rows) {
+    const uint32_t keys_at = shared_address(ring_[stage]);
+    const uint32_t values_at = keys_at + Traits::kHalfBytes;
+    const bool whole = whole_ >> stage & 1;
+    int position = 0, until = -1;
+    CacheSlots::Token token{0, -1, -1};
+    if (!whole) {
+      token = slots_.token(chunk, lane_ % kChunk);
+      position = token.position;
+      until = is_there(token.slot) ? token.until : -1;
+    }
+    const uint32_t parity = parity_ >> stage & 1;
+    const bool more = next_ < end_;
+    full_[stage][0].wait(parity);
+    if (!whole) complete(0, keys_at, token, until, fresh);
+
+    const int g = lane_ / 4, c = lane_ % 4;
+    typename Rows::Keys keys;
+#pragma unroll
+    for (int i = 0; i < Rows::kKeyLoads; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        load_shared_16_bytes(keys[j][i], keys_at + swizzled(g + 8 * j, Traits::key_element(i, c)));
+    }
+    typename Rows::Scores s;
+    typename Rows::Queries q;
+    rows.score(s, keys, [&](int i) -> const typename Rows::Queries& {
+#pragma unroll
+      for (int octet = 0; octet < Traits::kOctets; ++octet)
+        load_shared_16_bytes(q[octet], shared_address(&inputs_.queries[i][octet][lane_]));
+      return q;
+    });
+    __syncwarp();  // all have read the keys
+    if (more) fetch(stage, 0);
+    if (!whole) rows.mask(s, position, until);
+
+    full_[stage][1].wait(parity);
+    if (!whole) complete(1, values_at, token, until, fresh);
+
+    typename Rows::Values values;
+    rows.attend(s, [&](int i) -> const typename Rows::Values& {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t at = values_at + swizzled(2 * c + j % 2 + j / 2 * 8, rows.value_element(i));
+        if (i < Rows::kValueLoads) {
+          load_shared_16_bytes(values[j], at);
+        } else {
+          load_shared_8_bytes(values[j], at);
+        }
+      }
+      return values;
+    });
+    __syncwarp();
+    if (more) fetch(stage, 1);
+  }
+
+  // Writes the new tokens' rows to keys or values, and zeros to the values that no query sees: what
+  // lies there (NaN, another sequence's token) would reach the output with weight 0.
+  __device__ __forceinline__ void complete(int half, uint32_t at, const CacheSlots::Token& token,
+                                           int until, int fresh) const {
+    constexpr int kPieces = Traits::kHeadDim / 8;  // of 16 bytes, of a row
+    if (half == 1) {
+      const uint32_t absent = __ballot_sync(0xffffffff, until < 0);
+#pragma unroll
+      for (int i = 0; i < kChunk * kPieces; i += 32) {
+        const int row = (i + lane_) / kPieces, column = (i + lane_) % kPieces * 8;
+        if ((absent >> row & 1) != 0) store_shared_16_bytes(at + swizzled(row, column), uint4{});
+      }
+    }
+    uint32_t written =
+        __ballot_sync(0xffffffff, until >= 0 && token.position >= fresh) & ((1 << kChunk) - 1);
+#pragma unroll 1
+    for (; written != 0; written &= written - 1) {
+      const int row = __ffs(written) - 1;
+      const int i = __shfl_sync(0xffffffff, token.position, row) - fresh;
+      const int slot = __shfl_sync(0xffffffff, token.slot, row);
+      if (lane_ >= kPieces) continue;
+      const int64_t target =
+          slot_offset(params_.cache, tile_.sequence, tile_.kv_head, slot) + 8 * lane_;
+      const uint4 x =
+          i == 0 ? inputs_.new_token[half][lane_] : *new_piece(params_, tile_, half, i, lane_);
+      store_shared_16_bytes(at + swizzled(row, 8 * lane_), x);
+      *reinterpret_cast<uint4*>(static_cast<T*>(half == 0 ? params_.cache.k : params_.cache.v) +
+                                target) = x;
+    }
+    fence_async_proxy();  // before the next copy to this place
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ bool is_there(int slot) const {
+    return place_of(params_.cache, tile_.sequence, slot).block >= 0;
+  }
+
+  // Where a row's element lies from the first box.
+  static __device__ __forceinline__ uint32_t swizzled(int row, int element) {
+    return element / 64 * Traits::kBoxBytes + row * 128 + ((element % 64 * 2) ^ (row % 8 * 16));
+  }
+
+  const DecodeParams& params_;
+  const CacheMaps& maps_;
+  const CacheSlots& slots_;
+  const decode::Tile& tile_;
+  const int lane_;
+  char (&ring_)[Traits::kStages][Traits::kStageBytes];
+  Mbarrier (&full_)[Traits::kStages][2];
+  const typename Traits::Inputs& inputs_;
+  int first_, next_, end_;  // chunks: the first, the next to fetch
+  uint32_t parity_ = 0;     // of each stage's next phase
+  uint32_t whole_;          // stages whose chunk is whole
+  // 32 chunks, one in each lane, and where it lies; which are whole; the lane of the next to fetch.
+  int batch_;
+  Place place_;
+  uint32_t wholes_;
+  int found_;
+  // Of the chunk whose keys have been fetched, and whose values will be.
+  int row_, block_;
+  uint32_t fetched_;  // whether it is whole
+};
+
+}  // namespace longgen::sm90
