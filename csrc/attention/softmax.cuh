@@ -23,6 +23,19 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+// log2(x) and 1 / x on the same unit, to about the last bit; denormal arguments count as 0.
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Base 2 throughout: `scale_log2` is the softmax scale times log2(e), so that a weight is one
 // multiply-add and one exp2.
 //

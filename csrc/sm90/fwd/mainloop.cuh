@@ -10,6 +10,7 @@
 #include "attention/key_mask.cuh"
 #include "attention/softmax.cuh"
 #include "params.h"
+#include "sm90/fwd/epilogue.cuh"
 #include "sm90/fwd/traits.cuh"
 
 namespace longgen::sm90 {
@@ -57,6 +58,7 @@ class MathWarpgroup {
     to_operand(p, s);
 
     bool fresh = true;  // o holds nothing of this item yet
+    Finished last;      // item, if it is not written yet
     for (int slot = 0;; slot ^= 1) {
       const int k_stage = keys_.stage;
       keys_.advance();
@@ -88,12 +90,18 @@ class MathWarpgroup {
       shared_.k_empty[k_stage].arrive();
       issue_output(o, p, !fresh);
       named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
+      if constexpr (Traits::kLateOutput) write(last);
       wgmma_wait<1>();
       pin(s);
       if (end) {
         wgmma_wait<0>();
         pin(o);
-        finish(q_stage, softmax, o);
+        if constexpr (Traits::kLateOutput) {
+          last = Finished(q_stage, softmax, o);
+          write(last);
+        } else {
+          finish(q_stage, softmax, o);
+        }
         return;
       }
       if (next_flags & TileInfo::kMasked) mask(s, next_q_stage, keys_.stage);
@@ -108,8 +116,13 @@ class MathWarpgroup {
       pin(o);
       release(shared_.v_empty[values_.stage]);
       if (ends) {
-        finish(q_stage, softmax, o);
-        release(shared_.q_empty[q_stage]);
+        if constexpr (Traits::kLateOutput) {
+          last = Finished(q_stage, softmax, o);
+          pin(last.o);  // a branch, not 32 selections in every tile
+        } else {
+          finish(q_stage, softmax, o);
+          release(shared_.q_empty[q_stage]);
+        }
       }
       to_operand(p, s);
       values_.advance();
@@ -121,6 +134,30 @@ class MathWarpgroup {
   }
 
  private:
+  // An item whose output is complete.
+  struct Finished {
+    int q_stage = -1;  // none
+    OnlineSoftmax softmax;
+    float o[kOutputs];
+
+    Finished() = default;
+    __device__ __forceinline__ Finished(int stage, const OnlineSoftmax& sums,
+                                        const float (&output)[kOutputs])
+        : q_stage(stage), softmax(sums) {
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) o[i] = output[i];
+    }
+  };
+
+  __device__ __forceinline__ void write(Finished& item) {
+    if (item.q_stage < 0) return;
+    const int warp_row = threadIdx.x / 32 % 4 * 16 + warpgroup_ * 64;
+    write_rows<Traits>(params_, shared_.item[item.q_stage],
+                       shared_.out + warp_row * Traits::kHeadDim, warp_row, item.softmax, item.o);
+    release(shared_.q_empty[item.q_stage]);
+    item.q_stage = -1;
+  }
+
   __device__ __forceinline__ int await_keys() {
     shared_.k_full[keys_.stage].wait(keys_.round);
     // Known to the compiler as uniform: descriptors then are arithmetic in uniform registers.
@@ -128,8 +165,8 @@ class MathWarpgroup {
   }
 
   __device__ __forceinline__ int await_item() {
-    const int q_stage = items_ % 2;
-    shared_.q_full[q_stage].wait(items_ / 2 & 1);
+    const int q_stage = items_ % Traits::kQueryStages;
+    shared_.q_full[q_stage].wait(items_ / Traits::kQueryStages & 1);
     ++items_;
     return q_stage;
   }

@@ -74,8 +74,8 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
   for_each_item<Traits>(params, [&](const Work& work, const KeyBoxes& boxes) {
     if (boxes.empty()) return;
     const int kv_head = work.head / params.group;
-    const int q_stage = items % 2;
-    shared.q_empty[q_stage].wait((items / 2 & 1) ^ 1);
+    const int q_stage = items % Traits::kQueryStages;
+    shared.q_empty[q_stage].wait((items / Traits::kQueryStages & 1) ^ 1);
     if (lane == 0) {
       shared.item[q_stage] = {work.head,  work.batch,   work.q_row0,
                               work.q_len, work.q_start, work.p_tile};

@@ -42,16 +42,29 @@ struct Ring {
   }
 };
 
+// Room for a tile of output, or none.
+template <typename T, int kElements>
+struct OutputRoom {
+  alignas(1024) T out[kElements];
+};
+template <typename T>
+struct OutputRoom<T, 0> {};
+
 template <typename T_, int kHeadDim_>
 struct FwdTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 128;  // two math warpgroups of 64 query rows
   static constexpr int kBlockN = 128;
-  // A tile of K is held until the weights of its scores are known to be good, which is long. At 64 a
-  // tile takes half the time and half the room: the copies need as much of a lead, in more tiles.
+  // A tile of K is held until the weights of its scores are known to be good, which is long. At 64
+  // a tile takes half the time and half the room: the copies need as much of a lead, in more tiles.
   static constexpr int kKeyStages = kHeadDim == 64 ? 5 : 3;
   static constexpr int kValueStages = kHeadDim == 64 ? 5 : 2;
+  // Whether an item's output is written beside the next one's first products, for which it is kept:
+  // 32 more registers a thread at 64, where there are as many, and room for it in shared memory.
+  static constexpr bool kLateOutput = kHeadDim == 64;
+  // Its place is taken until then, when the item after next may already be asked for.
+  static constexpr int kQueryStages = kLateOutput ? 3 : 2;
   static constexpr int kMathWarpgroups = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
   // A math thread holds 64 of scores, kHeadDim / 2 of output, 32 of probabilities. Together they
@@ -70,15 +83,16 @@ struct FwdTraits {
   static_assert(kBlockM == kBlockN, "Q, K and V tiles share one panel size");
   static_assert(sizeof(T) == 2, "wgmma takes transposed operands in 16-bit types only");
 
-  struct Shared {
+  struct Shared : OutputRoom<T, kLateOutput ? kBlockM * kHeadDim : 0> {
     // Swizzled tiles repeat every 1024 bytes.
-    alignas(1024) T q[2][kBlockM * kHeadDim];  // of this item and the next; later its output
+    // Of this item and the next; later its output, unless that is written late.
+    alignas(1024) T q[kQueryStages][kBlockM * kHeadDim];
     alignas(1024) T k[kKeyStages][kBlockN * kHeadDim];
     alignas(1024) T v[kValueStages][kBlockN * kHeadDim];
-    ItemInfo item[2];
+    ItemInfo item[kQueryStages];
     TileInfo tile[kKeyStages];
     int redo[kMathWarpgroups][2];  // see MathWarpgroup::ask_for_redo
-    Mbarrier q_full[2], q_empty[2];
+    Mbarrier q_full[kQueryStages], q_empty[kQueryStages];
     Mbarrier k_full[kKeyStages], k_empty[kKeyStages];
     Mbarrier v_full[kValueStages], v_empty[kValueStages];
   };
