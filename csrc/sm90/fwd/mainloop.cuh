@@ -250,9 +250,13 @@ class MathWarpgroup {
   // Hides what is not visible in the tile at hand.
   __device__ __forceinline__ void mask(float (&s)[kScores], int q_stage, int k_stage) {
     const TileInfo& tile = shared_.tile[k_stage];
-    hide_keys(
-        s, params_.pattern, [&](int b) -> const KeyBox& { return tile.box[b]; }, params_.log2_box,
-        shared_.item[q_stage].p_tile + row_, warpgroup_);
+    const auto box_of = [&](int b) -> const KeyBox& { return tile.box[b]; };
+    const int p0 = shared_.item[q_stage].p_tile + row_;
+    if (Traits::kFlatMasks && params_.log2_box >= 5) {
+      hide_keys_of_large_boxes(s, params_.pattern, box_of, params_.log2_box, p0, warpgroup_);
+    } else {
+      hide_keys(s, params_.pattern, box_of, params_.log2_box, p0, warpgroup_);
+    }
   }
 
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.
