@@ -45,10 +45,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   if (warp < 4) {
     give_registers<Traits::kProducerRegisters>();
-    constexpr bool kAlone = !Traits::kLeanProducer;
-    if (warp == 0) produce<Traits, true, kAlone>(params, q_map, k_map, v_map, shared);
+    if (warp == 0) produce<Traits>(params, q_map, k_map, v_map, shared);
     if (warp == 1) write_rows_that_see_nothing<Traits>(params);
-    if (!kAlone && warp == 2) produce<Traits, false, true>(params, q_map, k_map, v_map, shared);
   } else {
     take_registers<Traits::kMathRegisters>();
     MathWarpgroup<Traits>(params, shared, warp / 4 - 1).run();

@@ -1,5 +1,5 @@
-// The producer warpgroup. One warp keeps the tiles of Q, K and V coming and says what they are, or
-// leaves V to a second one; another writes the rows that see nothing, which have no tiles.
+// The producer warpgroup. One warp keeps the tiles of Q, K and V coming and says what they are; one
+// writes the rows that see nothing, which have no tiles.
 #pragma once
 
 #include "arch/sm90/tma.cuh"
@@ -39,8 +39,7 @@ __device__ __forceinline__ Place key_place(const AttentionFwdParams& params, con
           __ldg(params.block_table + static_cast<int64_t>(work.index) * params.table_pages + page)};
 }
 
-// Copies Q and K and says what they are (kKeys), or copies V (kValues), or both.
-template <typename Traits, bool kKeys, bool kValues>
+template <typename Traits>
 __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_map,
                         const CUtensorMap& k_map, const CUtensorMap& v_map,
                         typename Traits::Shared& shared) {
@@ -56,8 +55,7 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
   Ring<Traits::kKeyStages> keys;
   Ring<Traits::kValueStages> values;
   uint32_t items = 0;  // whose Q was copied
-  // A tile's V is copied after the K of the next one, as they are needed in this order; at once by
-  // a warp that copies no K.
+  // A tile's V is copied after the K of the next one, as they are needed in this order.
   struct {
     Place place;
     int kv_head;
@@ -76,61 +74,52 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
   for_each_item<Traits>(params, [&](const Work& work, const KeyBoxes& boxes) {
     if (boxes.empty()) return;
     const int kv_head = work.head / params.group;
-    if constexpr (kKeys) {
-      const int q_stage = items % Traits::kQueryStages;
-      shared.q_empty[q_stage].wait((items / Traits::kQueryStages & 1) ^ 1);
-      if (lane == 0) {
-        shared.item[q_stage] = {work.head,  work.batch,   work.q_row0,
-                                work.q_len, work.q_start, work.p_tile};
-        shared.q_full[q_stage].arrive_and_expect(Traits::kTileBytes);
-      }
-      if (lane < Traits::kPanels)
-        copy_box(q_map, shared.q_full[q_stage], shared.q[q_stage] + lane * Traits::kPanelElements,
-                 lane * 64, work.q_row0 + work.p_tile - work.q_start, work.head, work.batch);
-      ++items;
+    const int q_stage = items % Traits::kQueryStages;
+    shared.q_empty[q_stage].wait((items / Traits::kQueryStages & 1) ^ 1);
+    if (lane == 0) {
+      shared.item[q_stage] = {work.head,  work.batch,   work.q_row0,
+                              work.q_len, work.q_start, work.p_tile};
+      shared.q_full[q_stage].arrive_and_expect(Traits::kTileBytes);
     }
+    if (lane < Traits::kPanels)
+      copy_box(q_map, shared.q_full[q_stage], shared.q[q_stage] + lane * Traits::kPanelElements,
+               lane * 64, work.q_row0 + work.p_tile - work.q_start, work.head, work.batch);
+    ++items;
 
     BoxTiles tiles(boxes, boxes_per_tile);
     do {
       const Box box = tiles.next(my_box);
       const int row = box.position - work.k_start;
       const Place place = key_place(params, work, row);
-      if constexpr (kKeys) {
-        const bool masked = __any_sync(0xffffffff, box.masked);
-        const bool foreign = params.cu_seqlens_k != nullptr &&
-                             __any_sync(0xffffffff, row < 0 || row + box_rows > work.k_len);
-        const int stage = keys.stage;
-        shared.k_empty[stage].wait(keys.round ^ 1);
-        // Of a tile without a mask nobody asks where its boxes stand, which may take a division.
-        if (lane < boxes_per_tile && (masked || !Traits::kLeanProducer))
-          shared.tile[stage].box[lane] = key_box(boxes, box);
-        if (foreign && lane < boxes_per_tile)
-          shared.tile[stage].own_rows[lane] = {max(-row, 0), min(work.k_len - row, box_rows)};
-        if (lane == 0) {
-          shared.tile[stage].flags = (masked ? TileInfo::kMasked : 0) |
-                                     (tiles.done() ? TileInfo::kLast : 0) |
-                                     (foreign ? TileInfo::kForeign : 0);
-          shared.k_full[stage].arrive_and_expect(Traits::kTileBytes);
-        } else {
-          shared.k_full[stage].arrive();
-        }
-        if (copies)
-          copy_box(k_map, shared.k_full[stage], shared.k[stage] + my_offset, my_panel * 64,
-                   place.row, kv_head, place.batch);
-        keys.advance();
+      const bool masked = __any_sync(0xffffffff, box.masked);
+      const bool foreign = params.cu_seqlens_k != nullptr &&
+                           __any_sync(0xffffffff, row < 0 || row + box_rows > work.k_len);
+      const int stage = keys.stage;
+      shared.k_empty[stage].wait(keys.round ^ 1);
+      if (lane < boxes_per_tile) shared.tile[stage].box[lane] = key_box(boxes, box);
+      if (foreign && lane < boxes_per_tile)
+        shared.tile[stage].own_rows[lane] = {max(-row, 0), min(work.k_len - row, box_rows)};
+      if (lane == 0) {
+        shared.tile[stage].flags = (masked ? TileInfo::kMasked : 0) |
+                                   (tiles.done() ? TileInfo::kLast : 0) |
+                                   (foreign ? TileInfo::kForeign : 0);
+        shared.k_full[stage].arrive_and_expect(Traits::kTileBytes);
+      } else {
+        shared.k_full[stage].arrive();
       }
+      if (copies)
+        copy_box(k_map, shared.k_full[stage], shared.k[stage] + my_offset, my_panel * 64, place.row,
+                 kv_head, place.batch);
+      keys.advance();
 
-      if constexpr (!kKeys) owed = {place, kv_head};
-      if constexpr (kValues) copy_owed_values();
-      if constexpr (kKeys) owed = {place, kv_head};
+      copy_owed_values();
+      owed = {place, kv_head};
     } while (!tiles.done());
   });
-  if constexpr (kKeys) {
-    shared.k_empty[keys.stage].wait(keys.round ^ 1);
-    if (lane == 0) shared.tile[keys.stage].flags = TileInfo::kEnd;
-    shared.k_full[keys.stage].arrive();
-    if constexpr (kValues) copy_owed_values();
-  }
+  shared.k_empty[keys.stage].wait(keys.round ^ 1);
+  if (lane == 0) shared.tile[keys.stage].flags = TileInfo::kEnd;
+  shared.k_full[keys.stage].arrive();
+  copy_owed_values();
 }
 
 // Output 0 and LSE -inf for the rows of items without keys.

@@ -65,9 +65,6 @@ struct FwdTraits {
   static constexpr bool kLateOutput = kHeadDim == 64;
   // Its place is taken until then, when the item after next may already be asked for.
   static constexpr int kQueryStages = kLateOutput ? 3 : 2;
-  // Whether a second warp copies V and tiles are described only to those who ask: at 64 a tile
-  // takes hardly longer than its enumeration.
-  static constexpr bool kLeanProducer = kHeadDim == 64;
   // Whether masks of large boxes have code of their own, without branches.
   static constexpr bool kFlatMasks = kHeadDim == 64;
   static constexpr int kMathWarpgroups = kBlockM / 64;
