@@ -96,7 +96,8 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
                            __any_sync(0xffffffff, row < 0 || row + box_rows > work.k_len);
       const int stage = keys.stage;
       shared.k_empty[stage].wait(keys.round ^ 1);
-      if (lane < boxes_per_tile) shared.tile[stage].box[lane] = key_box(boxes, box);
+      // Of a tile without a mask nobody asks where its boxes stand, which may take a division.
+      if (masked && lane < boxes_per_tile) shared.tile[stage].box[lane] = key_box(boxes, box);
       if (foreign && lane < boxes_per_tile)
         shared.tile[stage].own_rows[lane] = {max(-row, 0), min(work.k_len - row, box_rows)};
       if (lane == 0) {
