@@ -40,12 +40,6 @@ extern "C" int enumerate(const int32_t* code, const int32_t* mask_rows, int log2
         const uint32_t bits = masked ? visible_bits_of_tile(pattern, box_of, log2_box, word, p,
                                                             window_lo(pattern, p), row / 64)
                                      : ~0u;
-        if (masked && log2_box >= 5) {  // as masks of large boxes have it
-          const KeyBox box = box_of_row(tile[word * 32 >> log2_box], row / 64);
-          if (shown_bits(pattern, box, word * 32 & ((1 << log2_box) - 1), window_lo(pattern, p),
-                         last_seen(pattern, p)) != bits)
-            return 4;
-        }
         for (int i = 0; i < 32; ++i) {
           if (!(bits >> i & 1)) continue;
           const int key = word * 32 + i, in_box = key & ((1 << log2_box) - 1);

@@ -66,29 +66,17 @@ __host__ __device__ __forceinline__ int last_seen(const PatternParams& pattern, 
   return pattern.causal ? p : kNowhere;
 }
 
-// Which of the 32 keys from `offset` in the box a query sees, as bits: those in the box's interval
-// up to `last`, of the window, which begins with `first`, of a strided block or of the sink.
-__host__ __device__ __forceinline__ uint32_t shown_bits(const PatternParams& pattern,
-                                                        const KeyBox& box, int offset, int first,
-                                                        int last) {
-  const int j = box.position + offset;
-  const uint32_t window = box.bits & 1 ? ~0u : ~bits_below(first - j);
-  return bits_below(min(box.hi - 1, last) + 1 - j) & ~bits_below(box.lo - j) &
-         (window | bits_below(pattern.sink - j));
-}
-
-// The same of the query at p, in row `row` of a block mask, from which the box may be hidden.
+// Which of the 32 keys from `offset` in the box the query at p, in row `row` of a block mask, sees,
+// as bits: those in the box's interval up to its own position, of the window, which begins with
+// `first_seen`, of a strided block or of the sink; none if the box is hidden from that row. Without
+// a branch, as threads of a warp ask for different boxes.
 __host__ __device__ __forceinline__ uint32_t visible_bits(const PatternParams& pattern,
                                                           const KeyBox& box, int offset, int p,
                                                           int first_seen, int row) {
-  if (box.bits & 2 << row) return 0;
-  return shown_bits(pattern, box, offset, first_seen, last_seen(pattern, p));
-}
-
-// The box as the queries in row `row` of a block mask see it: one that is hidden shows nothing.
-__host__ __device__ __forceinline__ KeyBox box_of_row(KeyBox box, int row) {
-  if (box.bits & 2 << row) box.hi = box.lo;
-  return box;
+  const int j = box.position + offset;
+  const int hi = box.bits & 2 << row ? box.lo : min(box.hi, last_seen(pattern, p) + 1);
+  const uint32_t window = box.bits & 1 ? ~0u : ~bits_below(first_seen - j);
+  return bits_below(hi - j) & ~bits_below(box.lo - j) & (window | bits_below(pattern.sink - j));
 }
 
 // The same for keys 32 * word to 32 * word + 31 of a tile, whose box b is box_of(b); it may

@@ -52,7 +52,7 @@ class MathWarpgroup {
     issue_scores(s, q_stage, keys_.stage);
     wgmma_wait<0>();
     pin(s);
-    if (flags & TileInfo::kMasked) mask(s, q_stage, keys_.stage);
+    if (flags & TileInfo::kMasked) hide_others(s, visible(q_stage, keys_.stage));
     softmax.refer(s, params_.scale_log2, rescale);
     softmax.weigh(s, params_.scale_log2, tile_sum);
     to_operand(p, s);
@@ -76,7 +76,7 @@ class MathWarpgroup {
         issue_scores(s, q_stage, k_stage);
         wgmma_wait<0>();
         pin(s);
-        if (flags & TileInfo::kMasked) mask(s, q_stage, k_stage);
+        if (flags & TileInfo::kMasked) hide_others(s, visible(q_stage, k_stage));
         softmax.refer(s, params_.scale_log2, rescale);
         softmax.weigh(s, params_.scale_log2, tile_sum);
 #pragma unroll
@@ -91,6 +91,8 @@ class MathWarpgroup {
       issue_output(o, p, !fresh);
       named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
       if constexpr (Traits::kLateOutput) write(last);
+      VisibleKeys<kScores> seen;  // beside the products
+      if (next_flags & TileInfo::kMasked) seen = visible(next_q_stage, keys_.stage);
       wgmma_wait<1>();
       pin(s);
       if (end) {
@@ -104,7 +106,7 @@ class MathWarpgroup {
         }
         return;
       }
-      if (next_flags & TileInfo::kMasked) mask(s, next_q_stage, keys_.stage);
+      if (next_flags & TileInfo::kMasked) hide_others(s, seen);
       OnlineSoftmax following = softmax;
       if (ends) {
         following = OnlineSoftmax{};
@@ -247,16 +249,12 @@ class MathWarpgroup {
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Hides what is not visible in the tile at hand.
-  __device__ __forceinline__ void mask(float (&s)[kScores], int q_stage, int k_stage) {
+  // What this thread's rows see of a tile.
+  __device__ __forceinline__ VisibleKeys<kScores> visible(int q_stage, int k_stage) const {
     const TileInfo& tile = shared_.tile[k_stage];
-    const auto box_of = [&](int b) -> const KeyBox& { return tile.box[b]; };
-    const int p0 = shared_.item[q_stage].p_tile + row_;
-    if (Traits::kFlatMasks && params_.log2_box >= 5) {
-      hide_keys_of_large_boxes(s, params_.pattern, box_of, params_.log2_box, p0, warpgroup_);
-    } else {
-      hide_keys(s, params_.pattern, box_of, params_.log2_box, p0, warpgroup_);
-    }
+    return visible_keys<kScores>(
+        params_.pattern, [&](int b) -> const KeyBox& { return tile.box[b]; }, params_.log2_box,
+        shared_.item[q_stage].p_tile + row_, warpgroup_);
   }
 
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.

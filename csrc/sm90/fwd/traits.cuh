@@ -65,8 +65,6 @@ struct FwdTraits {
   static constexpr bool kLateOutput = kHeadDim == 64;
   // Its place is taken until then, when the item after next may already be asked for.
   static constexpr int kQueryStages = kLateOutput ? 3 : 2;
-  // Whether masks of large boxes have code of their own, without branches.
-  static constexpr bool kFlatMasks = kHeadDim == 64;
   static constexpr int kMathWarpgroups = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
   // A math thread holds 64 of scores, kHeadDim / 2 of output, 32 of probabilities. Together they
