@@ -57,12 +57,11 @@ class MathWarpgroup {
     softmax.weigh(s, params_.scale_log2, tile_sum);
     to_operand(p, s);
 
+    int k_stage = keys_.stage;
+    int next_flags = await_later_keys();
     bool fresh = true;  // o holds nothing of this item yet
     Finished last;      // item, if it is not written yet
     for (int slot = 0;; slot ^= 1) {
-      const int k_stage = keys_.stage;
-      keys_.advance();
-      const int next_flags = await_keys();
       const bool end =
           next_flags & TileInfo::kEnd;  // then there are no keys, and scores of nothing
       const bool ends = flags & TileInfo::kLast;
@@ -93,6 +92,9 @@ class MathWarpgroup {
       if constexpr (Traits::kLateOutput) write(last);
       VisibleKeys<kScores> seen;  // beside the products
       if (next_flags & TileInfo::kMasked) seen = visible(next_q_stage, keys_.stage);
+      const int next_k_stage = keys_.stage;
+      int later_flags = 0;
+      if (Traits::kAskEarly && !end) later_flags = await_later_keys();
       wgmma_wait<1>();
       pin(s);
       if (end) {
@@ -129,8 +131,11 @@ class MathWarpgroup {
       to_operand(p, s);
       values_.advance();
       softmax = following;
+      if (!Traits::kAskEarly) later_flags = await_later_keys();
       q_stage = next_q_stage;
+      k_stage = next_k_stage;
       flags = next_flags;
+      next_flags = later_flags;
       fresh = ends;
     }
   }
@@ -164,6 +169,11 @@ class MathWarpgroup {
     shared_.k_full[keys_.stage].wait(keys_.round);
     // Known to the compiler as uniform: descriptors then are arithmetic in uniform registers.
     return __shfl_sync(0xffffffff, shared_.tile[keys_.stage].flags, 0);
+  }
+
+  __device__ __forceinline__ int await_later_keys() {
+    keys_.advance();
+    return await_keys();
   }
 
   __device__ __forceinline__ int await_item() {

@@ -65,6 +65,9 @@ struct FwdTraits {
   static constexpr bool kLateOutput = kHeadDim == 64;
   // Its place is taken until then, when the item after next may already be asked for.
   static constexpr int kQueryStages = kLateOutput ? 3 : 2;
+  // Whether a tile is asked for two tiles ahead, beside matrix products. It may be the first one of
+  // the item after next, for whose Q there must be room.
+  static constexpr bool kAskEarly = kQueryStages > 2;
   static constexpr int kMathWarpgroups = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
   // A math thread holds 64 of scores, kHeadDim / 2 of output, 32 of probabilities. Together they
