@@ -42,73 +42,69 @@ class MathWarpgroup {
   // One loop over the key tiles of all items: an item's first scores are issued with the last P V
   // of the item before, so that the tensor cores do not idle between items.
   __device__ __forceinline__ void run() {
-    int flags = await_keys();
-    if (flags & TileInfo::kEnd) return;
-    int q_stage = await_item();
+    Tile tile{keys_.stage, await_keys(), 0};
+    if (tile.flags & TileInfo::kEnd) return;
+    tile.q_stage = await_item();
     OnlineSoftmax softmax;
     float s[kScores], o[kOutputs], rescale[2];
     float tile_sum[2] = {0.f, 0.f};  // of the weights in p, until they are known to be good
     uint32_t p[kScores / 2];
-    issue_scores(s, q_stage, keys_.stage);
+    issue_scores(s, tile);
     wgmma_wait<0>();
     pin(s);
-    if (flags & TileInfo::kMasked) hide_others(s, visible(q_stage, keys_.stage));
+    if (tile.flags & TileInfo::kMasked) hide_others(s, visible(tile));
     softmax.refer(s, params_.scale_log2, rescale);
     softmax.weigh(s, params_.scale_log2, tile_sum);
     to_operand(p, s);
 
-    int k_stage = keys_.stage;
-    int next_flags = await_later_keys();
+    Tile next = await_tile_after(tile);
     bool fresh = true;  // o holds nothing of this item yet
     Finished last;      // item, if it is not written yet
     for (int slot = 0;; slot ^= 1) {
-      const bool end =
-          next_flags & TileInfo::kEnd;  // then there are no keys, and scores of nothing
-      const bool ends = flags & TileInfo::kLast;
-      const int next_q_stage = ends && !end ? await_item() : q_stage;
+      const bool end = next.flags & TileInfo::kEnd;  // then its scores are of nothing
+      const bool ends = tile.flags & TileInfo::kLast;
       named_barrier_sync(kTurnBarrier + warpgroup_, 256);
-      issue_scores(s, next_q_stage, keys_.stage);
+      issue_scores(s, next);
       shared_.v_full[values_.stage].wait(values_.round);
       if (redo_asked(slot)) {
         wgmma_wait<0>();
         pin(s);
-        issue_scores(s, q_stage, k_stage);
+        issue_scores(s, tile);
         wgmma_wait<0>();
         pin(s);
-        if (flags & TileInfo::kMasked) hide_others(s, visible(q_stage, k_stage));
+        if (tile.flags & TileInfo::kMasked) hide_others(s, visible(tile));
         softmax.refer(s, params_.scale_log2, rescale);
         softmax.weigh(s, params_.scale_log2, tile_sum);
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
         to_operand(p, s);
         redo_done(slot);
-        issue_scores(s, next_q_stage, keys_.stage);
+        issue_scores(s, next);
       }
       softmax.add(tile_sum);
-      if (flags & TileInfo::kForeign) clear_foreign(shared_.tile[k_stage], values_.stage);
-      shared_.k_empty[k_stage].arrive();
+      if (tile.flags & TileInfo::kForeign) clear_foreign(shared_.tile[tile.k_stage], values_.stage);
+      shared_.k_empty[tile.k_stage].arrive();
       issue_output(o, p, !fresh);
       named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
       if constexpr (Traits::kLateOutput) write(last);
       VisibleKeys<kScores> seen;  // beside the products
-      if (next_flags & TileInfo::kMasked) seen = visible(next_q_stage, keys_.stage);
-      const int next_k_stage = keys_.stage;
-      int later_flags = 0;
-      if (Traits::kAskEarly && !end) later_flags = await_later_keys();
+      if (next.flags & TileInfo::kMasked) seen = visible(next);
+      Tile later = next;
+      if (Traits::kAskEarly && !end) later = await_tile_after(next);
       wgmma_wait<1>();
       pin(s);
       if (end) {
         wgmma_wait<0>();
         pin(o);
         if constexpr (Traits::kLateOutput) {
-          last = Finished(q_stage, softmax, o);
+          last = Finished(tile.q_stage, softmax, o);
           write(last);
         } else {
-          finish(q_stage, softmax, o);
+          finish(tile.q_stage, softmax, o);
         }
         return;
       }
-      if (next_flags & TileInfo::kMasked) hide_others(s, seen);
+      if (next.flags & TileInfo::kMasked) hide_others(s, seen);
       OnlineSoftmax following = softmax;
       if (ends) {
         following = OnlineSoftmax{};
@@ -121,21 +117,19 @@ class MathWarpgroup {
       release(shared_.v_empty[values_.stage]);
       if (ends) {
         if constexpr (Traits::kLateOutput) {
-          last = Finished(q_stage, softmax, o);
+          last = Finished(tile.q_stage, softmax, o);
           pin(last.o);  // a branch, not 32 selections in every tile
         } else {
-          finish(q_stage, softmax, o);
-          release(shared_.q_empty[q_stage]);
+          finish(tile.q_stage, softmax, o);
+          release(shared_.q_empty[tile.q_stage]);
         }
       }
       to_operand(p, s);
       values_.advance();
       softmax = following;
-      if (!Traits::kAskEarly) later_flags = await_later_keys();
-      q_stage = next_q_stage;
-      k_stage = next_k_stage;
-      flags = next_flags;
-      next_flags = later_flags;
+      if (!Traits::kAskEarly) later = await_tile_after(next);
+      tile = next;
+      next = later;
       fresh = ends;
     }
   }
@@ -171,16 +165,24 @@ class MathWarpgroup {
     return __shfl_sync(0xffffffff, shared_.tile[keys_.stage].flags, 0);
   }
 
-  __device__ __forceinline__ int await_later_keys() {
-    keys_.advance();
-    return await_keys();
-  }
-
   __device__ __forceinline__ int await_item() {
     const int q_stage = items_ % Traits::kQueryStages;
     shared_.q_full[q_stage].wait(items_ / Traits::kQueryStages & 1);
     ++items_;
     return q_stage;
+  }
+
+  // A tile whose K and Q are there.
+  struct Tile {
+    int k_stage, flags, q_stage;
+  };
+
+  __device__ __forceinline__ Tile await_tile_after(const Tile& tile) {
+    keys_.advance();
+    Tile next{keys_.stage, await_keys(), tile.q_stage};
+    const bool starts = (tile.flags & TileInfo::kLast) && !(next.flags & TileInfo::kEnd);
+    if (starts) next.q_stage = await_item();
+    return next;
   }
 
   // A warp whose weights got out of bounds tells the others, as a matrix product takes all four.
@@ -206,9 +208,9 @@ class MathWarpgroup {
   }
 
   // S = Q K^T of this warpgroup's rows.
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], int q_stage, int k_stage) {
-    const uint64_t q = operand(q_address_ + q_stage * Traits::kTileBytes);
-    const uint64_t keys = operand(shared_address(shared_.k[k_stage]));
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Tile& tile) {
+    const uint64_t q = operand(q_address_ + tile.q_stage * Traits::kTileBytes);
+    const uint64_t keys = operand(shared_address(shared_.k[tile.k_stage]));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
@@ -260,11 +262,11 @@ class MathWarpgroup {
   }
 
   // What this thread's rows see of a tile.
-  __device__ __forceinline__ VisibleKeys<kScores> visible(int q_stage, int k_stage) const {
-    const TileInfo& tile = shared_.tile[k_stage];
+  __device__ __forceinline__ VisibleKeys<kScores> visible(const Tile& tile) const {
+    const TileInfo& info = shared_.tile[tile.k_stage];
     return visible_keys<kScores>(
-        params_.pattern, [&](int b) -> const KeyBox& { return tile.box[b]; }, params_.log2_box,
-        shared_.item[q_stage].p_tile + row_, warpgroup_);
+        params_.pattern, [&](int b) -> const KeyBox& { return info.box[b]; }, params_.log2_box,
+        shared_.item[tile.q_stage].p_tile + row_, warpgroup_);
   }
 
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.
