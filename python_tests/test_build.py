@@ -211,9 +211,6 @@ def test_hopper_attention_overlaps_softmax_with_matrix_products() -> None:
         ]
         assert len(between) == 1
         assert between[0].count("MUFU.EX2") >= 64
-        # At head_dim 64 an item is written beside the next one's scores, which a thread waits for anyway.
-        written = waits[waits.index("0x1") - 1].rsplit("HGMMA", 1)[1]
-        assert (written.count("STSM"), written.count("STG.E.128")) == ((4, 4) if "Li64E" in name_of(text) else (0, 0))
 
 
 @needs_extension

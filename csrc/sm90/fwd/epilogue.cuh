@@ -1,5 +1,5 @@
 // What is left of a work item when its last matrix product is done: normalise its rows and write
-// them. Made to run beside the next item's first products.
+// them, without a barrier, a fence or a branch.
 #pragma once
 
 #include "arch/pack.cuh"

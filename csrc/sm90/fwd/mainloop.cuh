@@ -59,7 +59,6 @@ class MathWarpgroup {
 
     Tile next = await_tile_after(tile);
     bool fresh = true;  // o holds nothing of this item yet
-    Finished last;      // item, if it is not written yet
     for (int slot = 0;; slot ^= 1) {
       const bool end = next.flags & TileInfo::kEnd;  // then its scores are of nothing
       const bool ends = tile.flags & TileInfo::kLast;
@@ -86,7 +85,6 @@ class MathWarpgroup {
       shared_.k_empty[tile.k_stage].arrive();
       issue_output(o, p, !fresh);
       named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
-      if constexpr (Traits::kLateOutput) write(last);
       VisibleKeys<kScores> seen;  // beside the products
       if (next.flags & TileInfo::kMasked) seen = visible(next);
       Tile later = next;
@@ -96,12 +94,7 @@ class MathWarpgroup {
       if (end) {
         wgmma_wait<0>();
         pin(o);
-        if constexpr (Traits::kLateOutput) {
-          last = Finished(tile.q_stage, softmax, o);
-          write(last);
-        } else {
-          finish(tile.q_stage, softmax, o);
-        }
+        finish(tile.q_stage, softmax, o);
         return;
       }
       if (next.flags & TileInfo::kMasked) hide_others(s, seen);
@@ -116,13 +109,8 @@ class MathWarpgroup {
       pin(o);
       release(shared_.v_empty[values_.stage]);
       if (ends) {
-        if constexpr (Traits::kLateOutput) {
-          last = Finished(tile.q_stage, softmax, o);
-          pin(last.o);  // a branch, not 32 selections in every tile
-        } else {
-          finish(tile.q_stage, softmax, o);
-          release(shared_.q_empty[tile.q_stage]);
-        }
+        finish(tile.q_stage, softmax, o);
+        release(shared_.q_empty[tile.q_stage]);
       }
       to_operand(p, s);
       values_.advance();
@@ -135,30 +123,6 @@ class MathWarpgroup {
   }
 
  private:
-  // An item whose output is complete.
-  struct Finished {
-    int q_stage = -1;  // none
-    OnlineSoftmax softmax;
-    float o[kOutputs];
-
-    Finished() = default;
-    __device__ __forceinline__ Finished(int stage, const OnlineSoftmax& sums,
-                                        const float (&output)[kOutputs])
-        : q_stage(stage), softmax(sums) {
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i) o[i] = output[i];
-    }
-  };
-
-  __device__ __forceinline__ void write(Finished& item) {
-    if (item.q_stage < 0) return;
-    const int warp_row = threadIdx.x / 32 % 4 * 16 + warpgroup_ * 64;
-    write_rows<Traits>(params_, shared_.item[item.q_stage],
-                       shared_.out + warp_row * Traits::kHeadDim, warp_row, item.softmax, item.o);
-    release(shared_.q_empty[item.q_stage]);
-    item.q_stage = -1;
-  }
-
   __device__ __forceinline__ int await_keys() {
     shared_.k_full[keys_.stage].wait(keys_.round);
     // Known to the compiler as uniform: descriptors then are arithmetic in uniform registers.
@@ -273,6 +237,12 @@ class MathWarpgroup {
   __device__ __forceinline__ void finish(int q_stage, OnlineSoftmax& softmax,
                                          float (&o)[kOutputs]) {
     const ItemInfo work = shared_.item[q_stage];
+    if constexpr (Traits::kOutputRoom) {
+      const int warp_row = threadIdx.x / 32 % 4 * 16 + warpgroup_ * 64;
+      write_rows<Traits>(params_, work, shared_.out + warp_row * Traits::kHeadDim, warp_row,
+                         softmax, o);
+      return;
+    }
     // Opaque to the compiler, which would otherwise compute every address of this function before
     // the main loop and keep them all.
     int first_row = row_, thread = threadIdx.x % 128;

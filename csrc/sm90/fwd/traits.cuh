@@ -60,11 +60,10 @@ struct FwdTraits {
   // a tile takes half the time and half the room: the copies need as much of a lead, in more tiles.
   static constexpr int kKeyStages = kHeadDim == 64 ? 5 : 3;
   static constexpr int kValueStages = kHeadDim == 64 ? 5 : 2;
-  // Whether an item's output is written beside the next one's first products, for which it is kept:
-  // 32 more registers a thread at 64, where there are as many, and room for it in shared memory.
-  static constexpr bool kLateOutput = kHeadDim == 64;
-  // Its place is taken until then, when the item after next may already be asked for.
-  static constexpr int kQueryStages = kLateOutput ? 3 : 2;
+  // Whether output is staged in a place of its own, where Q's needs a barrier and a fence: at 64
+  // there is room for it.
+  static constexpr bool kOutputRoom = kHeadDim == 64;
+  static constexpr int kQueryStages = kHeadDim == 64 ? 3 : 2;
   // Whether a tile is asked for two tiles ahead, beside matrix products. It may be the first one of
   // the item after next, for whose Q there must be room.
   static constexpr bool kAskEarly = kQueryStages > 2;
@@ -86,9 +85,9 @@ struct FwdTraits {
   static_assert(kBlockM == kBlockN, "Q, K and V tiles share one panel size");
   static_assert(sizeof(T) == 2, "wgmma takes transposed operands in 16-bit types only");
 
-  struct Shared : OutputRoom<T, kLateOutput ? kBlockM * kHeadDim : 0> {
+  struct Shared : OutputRoom<T, kOutputRoom ? kBlockM * kHeadDim : 0> {
     // Swizzled tiles repeat every 1024 bytes.
-    // Of this item and the next; later its output, unless that is written late.
+    // Of this item and the next; later its output, unless that has room of its own.
     alignas(1024) T q[kQueryStages][kBlockM * kHeadDim];
     alignas(1024) T k[kKeyStages][kBlockN * kHeadDim];
     alignas(1024) T v[kValueStages][kBlockN * kHeadDim];
