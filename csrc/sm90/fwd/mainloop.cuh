@@ -24,6 +24,9 @@ class MathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockN / 2;  // accumulators a thread
   static constexpr int kOutputs = Traits::kHeadDim / 2;
+  // So many scores become weights beside P V of the tile before, which takes that long; the others'
+  // exponentials meet the conversion of these weights into an operand.
+  static constexpr int kWeighedBeside = Traits::kHeadDim == 64 ? kScores / 2 + 8 : kScores;
 
  public:
   __device__ MathWarpgroup(const AttentionFwdParams& params, typename Traits::Shared& shared,
@@ -103,7 +106,9 @@ class MathWarpgroup {
         following = OnlineSoftmax{};
         following.refer(s, params_.scale_log2, rescale);
       }
-      following.weigh(s, params_.scale_log2, tile_sum);
+      OnlineSoftmax::PartialSums sums;
+      following.weigh<0, kWeighedBeside>(s, params_.scale_log2, sums);
+      OnlineSoftmax::total(sums, tile_sum);
       ask_for_redo(slot ^ 1, !OnlineSoftmax::fits(tile_sum));
       wgmma_wait<0>();
       pin(o);
@@ -111,6 +116,11 @@ class MathWarpgroup {
       if (ends) {
         finish(tile.q_stage, softmax, o);
         release(shared_.q_empty[tile.q_stage]);
+      }
+      if constexpr (kWeighedBeside < kScores) {
+        following.weigh<kWeighedBeside, kScores>(s, params_.scale_log2, sums);
+        OnlineSoftmax::total(sums, tile_sum);
+        ask_for_redo(slot ^ 1, !OnlineSoftmax::fits(tile_sum));
       }
       to_operand(p, s);
       values_.advance();
