@@ -61,18 +61,22 @@ __host__ __device__ __forceinline__ uint32_t bits_below(int count) {
 #endif
 }
 
-// Which of the 32 keys from `offset` in the box the query at p sees, as bits: those in the box's
-// interval up to the query, of the window, of a strided block or of the sink. `first_seen` is what
-// its window begins with, `row` the block mask's row that it is in.
+// The last position that the query at p may see.
+__host__ __device__ __forceinline__ int last_seen(const PatternParams& pattern, int p) {
+  return pattern.causal ? p : kNowhere;
+}
+
+// Which of the 32 keys from `offset` in the box the query at p, in row `row` of a block mask, sees,
+// as bits: those in the box's interval up to its own position, of the window, which begins with
+// `first_seen`, of a strided block or of the sink; none if the box is hidden from that row. Without
+// a branch, as threads of a warp ask for different boxes.
 __host__ __device__ __forceinline__ uint32_t visible_bits(const PatternParams& pattern,
                                                           const KeyBox& box, int offset, int p,
                                                           int first_seen, int row) {
-  if (box.bits & 2 << row) return 0;
   const int j = box.position + offset;
-  const int last_seen = pattern.causal ? p : kNowhere;
+  const int hi = box.bits & 2 << row ? box.lo : min(box.hi, last_seen(pattern, p) + 1);
   const uint32_t window = box.bits & 1 ? ~0u : ~bits_below(first_seen - j);
-  return bits_below(min(box.hi - 1, last_seen) + 1 - j) & ~bits_below(box.lo - j) &
-         (window | bits_below(pattern.sink - j));
+  return bits_below(hi - j) & ~bits_below(box.lo - j) & (window | bits_below(pattern.sink - j));
 }
 
 // The same for keys 32 * word to 32 * word + 31 of a tile, whose box b is box_of(b); it may

@@ -13,25 +13,45 @@ __device__ __forceinline__ bool some_masked(const KeyBoxes& boxes, int first_box
   return any;
 }
 
-// Hides what is not visible in the tile whose box b is box_of(b); the thread's first row stands at
-// p0, its second one 8 further, in row `row` of a block mask.
+// The keys of a tile, 32 a word, that a thread's two rows of scores see, as bits; bits 8 * e and
+// 8 * e + 1 are those of its own columns.
+template <int kScores>
+struct VisibleKeys {
+  static constexpr int kWords = kScores / 16;
+  uint32_t bits[2][kWords];
+};
+
+// Of the tile whose box b is box_of(b); the thread's first row stands at p0, its second one 8
+// further, in row `row` of a block mask. The threads that share the rows work out a word each.
+// Called by whole warps.
 template <int kScores, typename BoxOf>
-__device__ __forceinline__ void hide_keys(float (&s)[kScores], const PatternParams& pattern,
-                                          const BoxOf& box_of, int log2_box, int p0, int row) {
+__device__ __forceinline__ VisibleKeys<kScores> visible_keys(const PatternParams& pattern,
+                                                             const BoxOf& box_of, int log2_box,
+                                                             int p0, int row) {
+  VisibleKeys<kScores> seen;
+  constexpr int kWords = VisibleKeys<kScores>::kWords;
+  static_assert(kWords == 2 || kWords == 4, "four threads share a row");
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int p = p0 + 8 * half;
-    const int first_seen = window_lo(pattern, p);
+    const uint32_t mine = visible_bits_of_tile(pattern, box_of, log2_box, threadIdx.x % kWords, p,
+                                               window_lo(pattern, p), row);
 #pragma unroll
-    for (int word = 0; word < kScores / 16; ++word) {
-      const uint32_t seen =
-          visible_bits_of_tile(pattern, box_of, log2_box, word, p, first_seen, row) >>
-          threadIdx.x % 4 * 2;
+    for (int word = 0; word < kWords; ++word)
+      seen.bits[half][word] = __shfl_sync(0xffffffff, mine, word, kWords) >> threadIdx.x % 4 * 2;
+  }
+  return seen;
+}
+
+template <int kScores>
+__device__ __forceinline__ void hide_others(float (&s)[kScores], const VisibleKeys<kScores>& seen) {
 #pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        float& score = s[word * 16 + e / 2 * 4 + half * 2 + e % 2];
-        score = seen >> (e / 2 * 8 + e % 2) & 1 ? score : -INFINITY;
-      }
+  for (int word = 0; word < VisibleKeys<kScores>::kWords; ++word) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& score = s[word * 16 + i];
+      const bool shown = seen.bits[i / 2 % 2][word] >> (i / 4 * 8 + i % 2) & 1;
+      score = shown ? score : -INFINITY;
     }
   }
 }

@@ -23,6 +23,19 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+// log2(x) and 1 / x on the same unit, to about the last bit; denormal arguments count as 0.
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Base 2 throughout: `scale_log2` is the softmax scale times log2(e), so that a weight is one
 // multiply-add and one exp2.
 //
@@ -38,15 +51,18 @@ struct OnlineSoftmax {
   float reference[2] = {kNoReference, kNoReference};  // of scaled scores
   float sum[2] = {0.f, 0.f};                          // of this thread's columns
 
-  // Turns scores into weights; `tile_sum` is their sum, not yet part of `sum`.
-  template <int kSize>
+  // Sums of a tile's weights so far, of each row: short chains of dependent instructions.
+  using PartialSums = float[2][4];
+
+  // Turns scores kBegin to kEnd - 1 of a tile, which has a multiple of 16, into weights, and adds
+  // these to `sums`: the last kLead only at the end of the tile, as exponentials answer late.
+  template <int kBegin, int kEnd, int kSize>
   __device__ __forceinline__ void weigh(float (&s)[kSize], float scale_log2,
-                                        float (&tile_sum)[2]) const {
-    constexpr int kLead = 8;  // a sum follows its exponentials at a distance: they answer late
-    float part[2][4];         // partial results: short chains of dependent instructions
+                                        PartialSums& sums) const {
+    constexpr int kLead = 8;
 #pragma unroll
-    for (int i = 0; i < kSize + kLead; i += 4) {
-      if (i < kSize) {
+    for (int i = kBegin; i < (kEnd == kSize ? kEnd + kLead : kEnd); i += 4) {
+      if (i < kEnd) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) s[i + e] = fast_exp2(s[i + e] * scale_log2 - reference[e / 2]);
       }
@@ -55,12 +71,25 @@ struct OnlineSoftmax {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const float pair = s[done + 2 * row] + s[done + 2 * row + 1];
-        part[row][done / 4 % 4] = done < 16 ? pair : part[row][done / 4 % 4] + pair;
+        float& sum = sums[row][done / 4 % 4];
+        sum = done < 16 ? pair : sum + pair;
       }
     }
+  }
+
+  __device__ __forceinline__ static void total(const PartialSums& sums, float (&tile_sum)[2]) {
 #pragma unroll
     for (int row = 0; row < 2; ++row)
-      tile_sum[row] = (part[row][0] + part[row][1]) + (part[row][2] + part[row][3]);
+      tile_sum[row] = (sums[row][0] + sums[row][1]) + (sums[row][2] + sums[row][3]);
+  }
+
+  // Turns a tile's scores into weights; `tile_sum` is their sum, not yet part of `sum`.
+  template <int kSize>
+  __device__ __forceinline__ void weigh(float (&s)[kSize], float scale_log2,
+                                        float (&tile_sum)[2]) const {
+    PartialSums sums;
+    weigh<0, kSize>(s, scale_log2, sums);
+    total(sums, tile_sum);
   }
 
   // Whether the weights of this sum were relative to a good reference; NaN was not.

@@ -17,9 +17,10 @@ struct Work : Sequence {
   }
 };
 
-// At most so many items, and tiles of a head, are left for the end; see work_item.
+// So many items, but not fewer or more tiles of a head, are left for the end; see work_item.
 constexpr int kLastItems = 1024;
-constexpr int kLastTiles = 32;
+constexpr int kFewestLastTiles = 8;
+constexpr int kMostLastTiles = 32;
 
 // The item of a block in round `round` of the grid, or -1. Every other round goes backwards, so
 // that a block that got a longer tile than its neighbours gets a shorter one next and all stay near
@@ -38,7 +39,9 @@ __host__ __device__ __forceinline__ Work work_item(const Params& params, int q_t
   const bool packed = params.cu_seqlens_q != nullptr;
   const int heads = params.q_heads * (packed ? 1 : params.batch);  // of all sequences
   const int share = kLastItems / heads;
-  const int most = share < 1 ? 1 : share < kLastTiles ? share : kLastTiles;
+  const int most = share < kFewestLastTiles ? kFewestLastTiles
+                   : share < kMostLastTiles ? share
+                                            : kMostLastTiles;
   const int last_tiles = q_tiles < most ? q_tiles : most;
   const int tiles_first = q_tiles - last_tiles;
   int tile, of_all;

@@ -48,6 +48,14 @@ __device__ __forceinline__ void store_transposed(uint32_t shared, uint32_t m0, u
       : "memory");
 }
 
+// The same, not transposed: lanes 8m to 8m + 7 give the addresses of the rows of matrix m.
+__device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t m0, uint32_t m1,
+                                               uint32_t m2, uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+               "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+               : "memory");
+}
+
 // Loads what `store_transposed` stored, by the same addresses.
 __device__ __forceinline__ void load_transposed(uint32_t shared, uint32_t& m0, uint32_t& m1,
                                                 uint32_t& m2, uint32_t& m3) {

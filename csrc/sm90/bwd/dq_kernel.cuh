@@ -184,10 +184,10 @@ class DqMathWarpgroup {
         keep(ds);
         if (tile > 0) release(shared_.k_empty[(step_ - 1) % Traits::kKStages]);
         if (some_masked(item.boxes, first_box, boxes_per_tile_))
-          hide_keys(
-              s, params_.pattern,
-              [&](int b) { return key_box(item.boxes, item.boxes[first_box + b]); },
-              params_.plan.log2_box, p0, 0);
+          hide_others(s, visible_keys<kScores>(
+                             params_.pattern,
+                             [&](int b) { return key_box(item.boxes, item.boxes[first_box + b]); },
+                             params_.plan.log2_box, p0, 0));
         float p[kScores];
 #pragma unroll
         for (int i = 0; i < kScores; ++i)

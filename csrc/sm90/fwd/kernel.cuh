@@ -22,10 +22,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_descriptor(k_map);
     prefetch_descriptor(v_map);
     constexpr int kMathWarps = Traits::kMathWarpgroups * 4;
-    for (int stage = 0; stage < 2; ++stage) {
+    for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
       shared.q_full[stage].init(1);
       shared.q_empty[stage].init(kMathWarps);
-      for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups; ++warpgroup)
+      for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups && stage < 2; ++warpgroup)
         shared.redo[warpgroup][stage] = 0;
     }
     for (int stage = 0; stage < Traits::kKeyStages; ++stage) {

@@ -10,6 +10,7 @@
 #include "attention/key_mask.cuh"
 #include "attention/softmax.cuh"
 #include "params.h"
+#include "sm90/fwd/epilogue.cuh"
 #include "sm90/fwd/traits.cuh"
 
 namespace longgen::sm90 {
@@ -23,6 +24,9 @@ class MathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockN / 2;  // accumulators a thread
   static constexpr int kOutputs = Traits::kHeadDim / 2;
+  // So many scores become weights beside P V of the tile before, which takes that long; the others'
+  // exponentials meet the conversion of these weights into an operand.
+  static constexpr int kWeighedBeside = Traits::kHeadDim == 64 ? kScores / 2 + 8 : kScores;
 
  public:
   __device__ MathWarpgroup(const AttentionFwdParams& params, typename Traits::Shared& shared,
@@ -41,81 +45,89 @@ class MathWarpgroup {
   // One loop over the key tiles of all items: an item's first scores are issued with the last P V
   // of the item before, so that the tensor cores do not idle between items.
   __device__ __forceinline__ void run() {
-    int flags = await_keys();
-    if (flags & TileInfo::kEnd) return;
-    int q_stage = await_item();
+    Tile tile{keys_.stage, await_keys(), 0};
+    if (tile.flags & TileInfo::kEnd) return;
+    tile.q_stage = await_item();
     OnlineSoftmax softmax;
     float s[kScores], o[kOutputs], rescale[2];
     float tile_sum[2] = {0.f, 0.f};  // of the weights in p, until they are known to be good
     uint32_t p[kScores / 2];
-    issue_scores(s, q_stage, keys_.stage);
+    issue_scores(s, tile);
     wgmma_wait<0>();
     pin(s);
-    if (flags & TileInfo::kMasked) mask(s, q_stage, keys_.stage);
+    if (tile.flags & TileInfo::kMasked) hide_others(s, visible(tile));
     softmax.refer(s, params_.scale_log2, rescale);
     softmax.weigh(s, params_.scale_log2, tile_sum);
     to_operand(p, s);
 
+    Tile next = await_tile_after(tile);
     bool fresh = true;  // o holds nothing of this item yet
     for (int slot = 0;; slot ^= 1) {
-      const int k_stage = keys_.stage;
-      keys_.advance();
-      const int next_flags = await_keys();
-      const bool end =
-          next_flags & TileInfo::kEnd;  // then there are no keys, and scores of nothing
-      const bool ends = flags & TileInfo::kLast;
-      const int next_q_stage = ends && !end ? await_item() : q_stage;
+      const bool end = next.flags & TileInfo::kEnd;  // then its scores are of nothing
+      const bool ends = tile.flags & TileInfo::kLast;
       named_barrier_sync(kTurnBarrier + warpgroup_, 256);
-      issue_scores(s, next_q_stage, keys_.stage);
+      issue_scores(s, next);
       shared_.v_full[values_.stage].wait(values_.round);
       if (redo_asked(slot)) {
         wgmma_wait<0>();
         pin(s);
-        issue_scores(s, q_stage, k_stage);
+        issue_scores(s, tile);
         wgmma_wait<0>();
         pin(s);
-        if (flags & TileInfo::kMasked) mask(s, q_stage, k_stage);
+        if (tile.flags & TileInfo::kMasked) hide_others(s, visible(tile));
         softmax.refer(s, params_.scale_log2, rescale);
         softmax.weigh(s, params_.scale_log2, tile_sum);
 #pragma unroll
         for (int i = 0; i < kOutputs; ++i) o[i] *= rescale[i / 2 % 2];
         to_operand(p, s);
         redo_done(slot);
-        issue_scores(s, next_q_stage, keys_.stage);
+        issue_scores(s, next);
       }
       softmax.add(tile_sum);
-      if (flags & TileInfo::kForeign) clear_foreign(shared_.tile[k_stage], values_.stage);
-      shared_.k_empty[k_stage].arrive();
+      if (tile.flags & TileInfo::kForeign) clear_foreign(shared_.tile[tile.k_stage], values_.stage);
+      shared_.k_empty[tile.k_stage].arrive();
       issue_output(o, p, !fresh);
       named_barrier_arrive(kTurnBarrier + (1 - warpgroup_), 256);
+      VisibleKeys<kScores> seen;  // beside the products
+      if (next.flags & TileInfo::kMasked) seen = visible(next);
+      Tile later = next;
+      if (Traits::kAskEarly && !end) later = await_tile_after(next);
       wgmma_wait<1>();
       pin(s);
       if (end) {
         wgmma_wait<0>();
         pin(o);
-        finish(q_stage, softmax, o);
+        finish(tile.q_stage, softmax, o);
         return;
       }
-      if (next_flags & TileInfo::kMasked) mask(s, next_q_stage, keys_.stage);
+      if (next.flags & TileInfo::kMasked) hide_others(s, seen);
       OnlineSoftmax following = softmax;
       if (ends) {
         following = OnlineSoftmax{};
         following.refer(s, params_.scale_log2, rescale);
       }
-      following.weigh(s, params_.scale_log2, tile_sum);
+      OnlineSoftmax::PartialSums sums;
+      following.weigh<0, kWeighedBeside>(s, params_.scale_log2, sums);
+      OnlineSoftmax::total(sums, tile_sum);
       ask_for_redo(slot ^ 1, !OnlineSoftmax::fits(tile_sum));
       wgmma_wait<0>();
       pin(o);
       release(shared_.v_empty[values_.stage]);
       if (ends) {
-        finish(q_stage, softmax, o);
-        release(shared_.q_empty[q_stage]);
+        finish(tile.q_stage, softmax, o);
+        release(shared_.q_empty[tile.q_stage]);
+      }
+      if constexpr (kWeighedBeside < kScores) {
+        following.weigh<kWeighedBeside, kScores>(s, params_.scale_log2, sums);
+        OnlineSoftmax::total(sums, tile_sum);
+        ask_for_redo(slot ^ 1, !OnlineSoftmax::fits(tile_sum));
       }
       to_operand(p, s);
       values_.advance();
       softmax = following;
-      q_stage = next_q_stage;
-      flags = next_flags;
+      if (!Traits::kAskEarly) later = await_tile_after(next);
+      tile = next;
+      next = later;
       fresh = ends;
     }
   }
@@ -128,10 +140,23 @@ class MathWarpgroup {
   }
 
   __device__ __forceinline__ int await_item() {
-    const int q_stage = items_ % 2;
-    shared_.q_full[q_stage].wait(items_ / 2 & 1);
+    const int q_stage = items_ % Traits::kQueryStages;
+    shared_.q_full[q_stage].wait(items_ / Traits::kQueryStages & 1);
     ++items_;
     return q_stage;
+  }
+
+  // A tile whose K and Q are there.
+  struct Tile {
+    int k_stage, flags, q_stage;
+  };
+
+  __device__ __forceinline__ Tile await_tile_after(const Tile& tile) {
+    keys_.advance();
+    Tile next{keys_.stage, await_keys(), tile.q_stage};
+    const bool starts = (tile.flags & TileInfo::kLast) && !(next.flags & TileInfo::kEnd);
+    if (starts) next.q_stage = await_item();
+    return next;
   }
 
   // A warp whose weights got out of bounds tells the others, as a matrix product takes all four.
@@ -157,9 +182,9 @@ class MathWarpgroup {
   }
 
   // S = Q K^T of this warpgroup's rows.
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], int q_stage, int k_stage) {
-    const uint64_t q = operand(q_address_ + q_stage * Traits::kTileBytes);
-    const uint64_t keys = operand(shared_address(shared_.k[k_stage]));
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Tile& tile) {
+    const uint64_t q = operand(q_address_ + tile.q_stage * Traits::kTileBytes);
+    const uint64_t keys = operand(shared_address(shared_.k[tile.k_stage]));
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
@@ -210,18 +235,24 @@ class MathWarpgroup {
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
   }
 
-  // Hides what is not visible in the tile at hand.
-  __device__ __forceinline__ void mask(float (&s)[kScores], int q_stage, int k_stage) {
-    const TileInfo& tile = shared_.tile[k_stage];
-    hide_keys(
-        s, params_.pattern, [&](int b) -> const KeyBox& { return tile.box[b]; }, params_.log2_box,
-        shared_.item[q_stage].p_tile + row_, warpgroup_);
+  // What this thread's rows see of a tile.
+  __device__ __forceinline__ VisibleKeys<kScores> visible(const Tile& tile) const {
+    const TileInfo& info = shared_.tile[tile.k_stage];
+    return visible_keys<kScores>(
+        params_.pattern, [&](int b) -> const KeyBox& { return info.box[b]; }, params_.log2_box,
+        shared_.item[tile.q_stage].p_tile + row_, warpgroup_);
   }
 
   // Normalises, stages the rows in shared memory and writes them 16 bytes a thread.
   __device__ __forceinline__ void finish(int q_stage, OnlineSoftmax& softmax,
                                          float (&o)[kOutputs]) {
     const ItemInfo work = shared_.item[q_stage];
+    if constexpr (Traits::kOutputRoom) {
+      const int warp_row = threadIdx.x / 32 % 4 * 16 + warpgroup_ * 64;
+      write_rows<Traits>(params_, work, shared_.out + warp_row * Traits::kHeadDim, warp_row,
+                         softmax, o);
+      return;
+    }
     // Opaque to the compiler, which would otherwise compute every address of this function before
     // the main loop and keep them all.
     int first_row = row_, thread = threadIdx.x % 128;

@@ -74,8 +74,8 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
   for_each_item<Traits>(params, [&](const Work& work, const KeyBoxes& boxes) {
     if (boxes.empty()) return;
     const int kv_head = work.head / params.group;
-    const int q_stage = items % 2;
-    shared.q_empty[q_stage].wait((items / 2 & 1) ^ 1);
+    const int q_stage = items % Traits::kQueryStages;
+    shared.q_empty[q_stage].wait((items / Traits::kQueryStages & 1) ^ 1);
     if (lane == 0) {
       shared.item[q_stage] = {work.head,  work.batch,   work.q_row0,
                               work.q_len, work.q_start, work.p_tile};
@@ -96,7 +96,8 @@ __device__ void produce(const AttentionFwdParams& params, const CUtensorMap& q_m
                            __any_sync(0xffffffff, row < 0 || row + box_rows > work.k_len);
       const int stage = keys.stage;
       shared.k_empty[stage].wait(keys.round ^ 1);
-      if (lane < boxes_per_tile) shared.tile[stage].box[lane] = key_box(boxes, box);
+      // Of a tile without a mask nobody asks where its boxes stand, which may take a division.
+      if (masked && lane < boxes_per_tile) shared.tile[stage].box[lane] = key_box(boxes, box);
       if (foreign && lane < boxes_per_tile)
         shared.tile[stage].own_rows[lane] = {max(-row, 0), min(work.k_len - row, box_rows)};
       if (lane == 0) {

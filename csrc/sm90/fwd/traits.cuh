@@ -42,14 +42,31 @@ struct Ring {
   }
 };
 
+// Room for a tile of output, or none.
+template <typename T, int kElements>
+struct OutputRoom {
+  alignas(1024) T out[kElements];
+};
+template <typename T>
+struct OutputRoom<T, 0> {};
+
 template <typename T_, int kHeadDim_>
 struct FwdTraits {
   using T = T_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = 128;  // two math warpgroups of 64 query rows
   static constexpr int kBlockN = 128;
-  // A tile of K is held until the weights of its scores are known to be good, which is long.
-  static constexpr int kKeyStages = 3, kValueStages = 2;
+  // A tile of K is held until the weights of its scores are known to be good, which is long. At 64
+  // a tile takes half the time and half the room: the copies need as much of a lead, in more tiles.
+  static constexpr int kKeyStages = kHeadDim == 64 ? 5 : 3;
+  static constexpr int kValueStages = kHeadDim == 64 ? 5 : 2;
+  // Whether output is staged in a place of its own, where Q's needs a barrier and a fence: at 64
+  // there is room for it.
+  static constexpr bool kOutputRoom = kHeadDim == 64;
+  static constexpr int kQueryStages = kHeadDim == 64 ? 3 : 2;
+  // Whether a tile is asked for two tiles ahead, beside matrix products. It may be the first one of
+  // the item after next, for whose Q there must be room.
+  static constexpr bool kAskEarly = kQueryStages > 2;
   static constexpr int kMathWarpgroups = kBlockM / 64;
   static constexpr int kThreads = 128 * (1 + kMathWarpgroups);
   // A math thread holds 64 of scores, kHeadDim / 2 of output, 32 of probabilities. Together they
@@ -68,15 +85,16 @@ struct FwdTraits {
   static_assert(kBlockM == kBlockN, "Q, K and V tiles share one panel size");
   static_assert(sizeof(T) == 2, "wgmma takes transposed operands in 16-bit types only");
 
-  struct Shared {
+  struct Shared : OutputRoom<T, kOutputRoom ? kBlockM * kHeadDim : 0> {
     // Swizzled tiles repeat every 1024 bytes.
-    alignas(1024) T q[2][kBlockM * kHeadDim];  // of this item and the next; later its output
+    // Of this item and the next; later its output, unless that has room of its own.
+    alignas(1024) T q[kQueryStages][kBlockM * kHeadDim];
     alignas(1024) T k[kKeyStages][kBlockN * kHeadDim];
     alignas(1024) T v[kValueStages][kBlockN * kHeadDim];
-    ItemInfo item[2];
+    ItemInfo item[kQueryStages];
     TileInfo tile[kKeyStages];
     int redo[kMathWarpgroups][2];  // see MathWarpgroup::ask_for_redo
-    Mbarrier q_full[2], q_empty[2];
+    Mbarrier q_full[kQueryStages], q_empty[kQueryStages];
     Mbarrier k_full[kKeyStages], k_empty[kKeyStages];
     Mbarrier v_full[kValueStages], v_empty[kValueStages];
   };
