@@ -24,6 +24,7 @@ class BwdMathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
   static constexpr int kGradients = Traits::kHeadDim / 2;
+  static constexpr int kChunks = Traits::kBlockM / 8;  // of queries, a thread's two neighbours in each
   static constexpr bool kTwoTiles = Traits::kTwoTilesFit;
   using Part = DqPart<Traits::kHeadDim>;
   static constexpr int kDq = Part::kFloats / 128;
@@ -31,7 +32,11 @@ class BwdMathWarpgroup {
  public:
   __device__ BwdMathWarpgroup(const AttentionBwdParams& params, typename Traits::Shared& shared,
                               int warpgroup)
-      : params_(params), shared_(shared), warpgroup_(warpgroup), lane_(threadIdx.x % 32) {}
+      : params_(params),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        lane_(threadIdx.x % 32),
+        ds_offset_(score_gradients_offset(warpgroup)) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
@@ -99,8 +104,11 @@ class BwdMathWarpgroup {
     const uint32_t q_stage = step_ % Traits::kQStages;
     const uint32_t stage = step_ % Traits::kDoutStages;
     const uint32_t ds_address = shared_address(shared_.ds[step_ % 2]);
+    const float* const lse_of_rows = shared_.stats[stage][0];
+    const float* const delta_of_rows = shared_.stats[stage][1];
     uint32_t p[kScores / 2];
     float dp[kScores];
+    float2 lse[kChunks], delta[kChunks];
 
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
@@ -108,25 +116,29 @@ class BwdMathWarpgroup {
     // of the scores are weighed beside dK: were it all of them, ptxas would find no registers for
     // what is in flight.
     constexpr int kBesideDk = kScores / 2;
+    read_stats<0, kTwoTiles ? kChunks : kChunks / 2>(lse, lse_of_rows);
     if constexpr (kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
     pin(s);
-    weigh<0, kBesideDk>(s, stage, n, shared_.steps[q_stage]);
+    weigh<0, kBesideDk>(s, lse, n, shared_.steps[q_stage]);
     wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(ds);
     if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
     if constexpr (!kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-    weigh<kBesideDk, kScores>(s, stage, n, shared_.steps[q_stage]);
+    if constexpr (!kTwoTiles) read_stats<kChunks / 2, kChunks>(lse, lse_of_rows);
+    weigh<kBesideDk, kScores>(s, lse, n, shared_.steps[q_stage]);
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
     // dV, and as soon as there is room for them the next scores.
     issue_gradient(dv, p, shared_address(shared_.dout[stage]));
+    if constexpr (kTwoTiles) read_stats<0, kChunks>(delta, delta_of_rows);
     if constexpr (kTwoTiles) issue_scores(s, item, step_ + 1, more);
     wgmma_wait<kTwoTiles ? 2 : 1>();
     pin(dp);
-    score_gradients(ds, p, dp, shared_.stats[stage][1]);
+    if constexpr (!kTwoTiles) read_stats<0, kChunks>(delta, delta_of_rows);
+    score_gradients(ds, p, dp, delta);
     store_score_gradients(ds, ds_address);
     if constexpr (Traits::kAddsDq) {
       fence_async_proxy();
@@ -145,9 +157,10 @@ class BwdMathWarpgroup {
       issue_query_gradient(dq, ds_address);
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
       step_ = uniform(step_ + 1);
+      float* const sums = query_gradient_sums(shared_.steps[q_stage].q_tile);
       wgmma_wait<1>();
       pin(dq);
-      add_query_gradient(dq, shared_.steps[q_stage].q_tile);
+      add_accumulators_to(sums, dq);
     } else {
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
       step_ = uniform(step_ + 1);
@@ -233,21 +246,30 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // Adds this warpgroup's part of a query tile's dQ to the sums in memory.
-  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kDq], int64_t q_tile) {
-    add_accumulators_to(params_.dq_sum + q_tile * Traits::kDqFloats + Part(warpgroup_).offset, dq);
+  // The sums in memory of this warpgroup's part of a query tile's dQ. Known before the wait for dQ,
+  // behind which the address would be computed otherwise, with no product but dK in flight.
+  __device__ __forceinline__ float* query_gradient_sums(int64_t q_tile) const {
+    float* sums = params_.dq_sum + q_tile * Traits::kDqFloats + Part(warpgroup_).offset;
+    asm volatile("" : "+l"(sums));
+    return sums;
+  }
+
+  // Reads LSE or delta of this thread's queries in chunks kFirst to kEnd - 1.
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ void read_stats(float2 (&stats)[kChunks], const float* of_rows) const {
+#pragma unroll
+    for (int c = kFirst; c < kEnd; ++c)
+      stats[c] = reinterpret_cast<const float2*>(of_rows)[4 * c + lane_ % 4];
   }
 
   // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1; 0 where a query does not
   // see the key, whatever S is there.
   template <int kFirst, int kEnd>
-  __device__ __forceinline__ void weigh(float (&s)[kScores], uint32_t stage, uint32_t n,
-                                        const Step& step) {
-    const float2* lse =
-        reinterpret_cast<const float2*>(shared_.stats[stage][0]) + lane_ % 4;  // + 4 a chunk
+  __device__ __forceinline__ void weigh(float (&s)[kScores], const float2 (&lse)[kChunks],
+                                        uint32_t n, const Step& step) {
 #pragma unroll
     for (int c = kFirst / 4; c < kEnd / 4; ++c) {
-      const float2 offset = lse[4 * c];
+      const float2 offset = lse[c];
 #pragma unroll
       for (int i = 4 * c; i < 4 * c + 4; ++i)
         s[i] = fast_exp2(s[i] * params_.scale_log2 - (i % 2 == 0 ? offset.x : offset.y));
@@ -274,11 +296,11 @@ class BwdMathWarpgroup {
   // dS = P (dP - delta), from the rounded weights that dV sums too: they need half the registers.
   __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kScores / 2],
                                                   const uint32_t (&p)[kScores / 2],
-                                                  const float (&dp)[kScores], const float* delta) {
-    const float2* offsets = reinterpret_cast<const float2*>(delta) + lane_ % 4;
+                                                  const float (&dp)[kScores],
+                                                  const float2 (&delta)[kChunks]) {
 #pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 8; ++c) {
-      const float2 offset = offsets[4 * c];
+    for (int c = 0; c < kChunks; ++c) {
+      const float2 offset = delta[c];
 #pragma unroll
       for (int i = 2 * c; i < 2 * c + 2; ++i) {
         const float2 weight = unpack<T>(p[i]);
@@ -291,7 +313,7 @@ class BwdMathWarpgroup {
   // to 4c + 3: queries 16c and 16c + 8, of each the two halves of the warp's 16 keys.
   __device__ __forceinline__ void store_score_gradients(const uint32_t (&ds)[kScores / 2],
                                                         uint32_t ds_address) {
-    const uint32_t address = score_gradients_address(ds_address);
+    const uint32_t address = ds_address + ds_offset_;
 #pragma unroll
     for (int c = 0; c < Traits::kBlockM / 16; ++c)
       store_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
@@ -302,20 +324,20 @@ class BwdMathWarpgroup {
   // What the same warp has stored.
   __device__ __forceinline__ void load_score_gradients(uint32_t (&ds)[kScores / 2],
                                                        uint32_t ds_address) {
-    const uint32_t address = score_gradients_address(ds_address);
+    const uint32_t address = ds_address + ds_offset_;
 #pragma unroll
     for (int c = 0; c < Traits::kBlockM / 16; ++c)
       load_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
                       ds[4 * c + 3]);
   }
 
-  __device__ __forceinline__ uint32_t score_gradients_address(uint32_t ds_address) const {
+  // Where in a tile of dS this thread's first row is stored.
+  __device__ __forceinline__ static uint32_t score_gradients_offset(int warpgroup) {
     const int t = thread();
     const int matrix = t % 32 / 8;
     const int query = matrix / 2 * 8 + t % 8;
     const int chunk = t / 32 * 2 + matrix % 2;
-    return ds_address + warpgroup_ * Traits::kQueryPanelBytes + query * 128 +
-           (chunk ^ query % 8) * 16;
+    return warpgroup * Traits::kQueryPanelBytes + query * 128 + (chunk ^ query % 8) * 16;
   }
 
   // In a packed batch a query tile may reach into other sequences, or into rows of none. What they
@@ -362,6 +384,7 @@ class BwdMathWarpgroup {
   typename Traits::Shared& shared_;
   const int warpgroup_;
   const int lane_;
+  const uint32_t ds_offset_;
   uint32_t step_ = 0;  // of the Q, dO and dS pipelines
 };
 
