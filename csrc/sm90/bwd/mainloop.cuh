@@ -112,22 +112,24 @@ class BwdMathWarpgroup {
 
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there. Half
-    // of the scores are weighed beside dK: were it all of them, ptxas would find no registers for
-    // what is in flight.
-    constexpr int kBesideDk = kScores / 2;
+    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there: then
+    // half of the scores are weighed beside dK, and their mask, a branch, keeps ptxas from moving
+    // that behind the wait.
+    constexpr int kBesideDk = kTwoTiles ? kScores : kScores / 2;
     read_stats<0, kTwoTiles ? kChunks : kChunks / 2>(lse, lse_of_rows);
     if constexpr (kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
     pin(s);
-    weigh<0, kBesideDk>(s, lse, n, shared_.steps[q_stage]);
+    weigh<0, kBesideDk>(s, lse);
+    if constexpr (!kTwoTiles) mask<0, kBesideDk>(s, n, shared_.steps[q_stage]);
     wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(ds);
     if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
     if constexpr (!kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
     if constexpr (!kTwoTiles) read_stats<kChunks / 2, kChunks>(lse, lse_of_rows);
-    weigh<kBesideDk, kScores>(s, lse, n, shared_.steps[q_stage]);
+    weigh<kBesideDk, kScores>(s, lse);
+    mask<kTwoTiles ? 0 : kBesideDk, kScores>(s, n, shared_.steps[q_stage]);
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
@@ -262,32 +264,31 @@ class BwdMathWarpgroup {
       stats[c] = reinterpret_cast<const float2*>(of_rows)[4 * c + lane_ % 4];
   }
 
-  // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1; 0 where a query does not
-  // see the key, whatever S is there.
+  // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1.
   template <int kFirst, int kEnd>
-  __device__ __forceinline__ void weigh(float (&s)[kScores], const float2 (&lse)[kChunks],
-                                        uint32_t n, const Step& step) {
+  __device__ __forceinline__ void weigh(float (&s)[kScores], const float2 (&lse)[kChunks]) const {
 #pragma unroll
-    for (int c = kFirst / 4; c < kEnd / 4; ++c) {
-      const float2 offset = lse[c];
+    for (int i = kFirst; i < kEnd; ++i)
+      s[i] = fast_exp2(s[i] * params_.scale_log2 - (i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y));
+  }
+
+  // Weights become 0 where a query does not see the key, whatever is there.
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ void mask(float (&weights)[kScores], uint32_t n,
+                                       const Step& step) const {
+    if (!step.masked) return;
+    const int column0 = step.p_tile + lane_ % 4 * 2;
 #pragma unroll
-      for (int i = 4 * c; i < 4 * c + 4; ++i)
-        s[i] = fast_exp2(s[i] * params_.scale_log2 - (i % 2 == 0 ? offset.x : offset.y));
-    }
-    if (step.masked) {
-      const int column0 = step.p_tile + lane_ % 4 * 2;
+    for (int half = 0; half < 2; ++half) {
+      const Run seen = shared_.rows[n % 2][key_row() + 8 * half].seen;
+      const int lo = seen.lo - column0;
+      const int hi = seen.hi - column0;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Run seen = shared_.rows[n % 2][key_row() + 8 * half].seen;
-        const int lo = seen.lo - column0;
-        const int hi = seen.hi - column0;
+      for (int c = kFirst / 4; c < kEnd / 4; ++c) {
 #pragma unroll
-        for (int c = kFirst / 4; c < kEnd / 4; ++c) {
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& weight = s[4 * c + 2 * half + e];
-            weight = (8 * c + e >= lo) & (8 * c + e < hi) ? weight : 0.f;
-          }
+        for (int e = 0; e < 2; ++e) {
+          float& weight = weights[4 * c + 2 * half + e];
+          weight = (8 * c + e >= lo) & (8 * c + e < hi) ? weight : 0.f;
         }
       }
     }
