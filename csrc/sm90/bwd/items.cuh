@@ -92,10 +92,17 @@ template <int kQueryTile>
 __host__ __device__ inline bool find_item(const AttentionBwdParams& params, int index, Item& item) {
   const BwdPlan& plan = params.plan;
   const bool global = index < plan.global_items;
-  int rest = global ? index : index - plan.global_items;
-  const int slots = global ? plan.global_slots : plan.local_slots;
-  const int slot = rest % slots;
-  rest /= slots;
+  const int first_of_last = plan.items - plan.last_slots * plan.heads;
+  const int slots = global ? plan.global_slots : plan.local_slots - plan.last_slots;
+  int slot, rest;
+  if (index < first_of_last) {
+    rest = global ? index : index - plan.global_items;
+    slot = rest % slots;
+    rest /= slots;
+  } else {
+    rest = (index - first_of_last) % plan.heads;
+    slot = slots + (index - first_of_last) / plan.heads;
+  }
   item.first_step = 0;
   item.partial = -1;
   item.stop = false;
