@@ -7,11 +7,12 @@
 #pragma once
 
 #include "arch/sm90/barrier.cuh"
-#include "arch/sm90/shared_copy.cuh"
 #include "arch/sm90/tma.cuh"
 #include "arch/sm90/wgmma.cuh"
 #include "attention/softmax.cuh"
+#include "sm90/bwd/gradients.cuh"
 #include "sm90/bwd/rows.cuh"
+#include "sm90/bwd/score_gradients.cuh"
 #include "sm90/bwd/traits.cuh"
 
 namespace longgen::sm90 {
@@ -24,7 +25,7 @@ class BwdMathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
   static constexpr int kGradients = Traits::kHeadDim / 2;
-  static constexpr int kChunks = Traits::kBlockM / 8;  // of queries, a thread's two neighbours in each
+  static constexpr int kChunks = Traits::kBlockM / 8;  // of queries; a thread has two of each
   static constexpr bool kTwoTiles = Traits::kTwoTilesFit;
   using Part = DqPart<Traits::kHeadDim>;
   static constexpr int kDq = Part::kFloats / 128;
@@ -36,7 +37,7 @@ class BwdMathWarpgroup {
         shared_(shared),
         warpgroup_(warpgroup),
         lane_(threadIdx.x % 32),
-        ds_offset_(score_gradients_offset(warpgroup)) {}
+        ds_offset_(score_gradients_offset<Traits>(warpgroup, thread())) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
@@ -93,7 +94,8 @@ class BwdMathWarpgroup {
       shared_.v_full.wait(n & 1);
     }
     release(shared_.keys_empty);
-    finish(n, dk, dv);
+    store_gradients<Traits>(params_, shared_.items[n % 2], shared_.rows[n % 2], warpgroup_,
+                            key_row(), dk, dv);
   }
 
   // One query tile, whose scores are in flight or there.
@@ -125,23 +127,28 @@ class BwdMathWarpgroup {
     wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(ds);
     if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
-    if constexpr (!kTwoTiles)
+    if constexpr (!kTwoTiles) {
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-    if constexpr (!kTwoTiles) read_stats<kChunks / 2, kChunks>(lse, lse_of_rows);
+      read_stats<kChunks / 2, kChunks>(lse, lse_of_rows);
+    }
     weigh<kBesideDk, kScores>(s, lse);
     mask<kTwoTiles ? 0 : kBesideDk, kScores>(s, n, shared_.steps[q_stage]);
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
-    // dV, and as soon as there is room for them the next scores.
+    // dV, and as soon as there is room for them the next scores. Delta is read before those: both
+    // their operands come from shared memory, where other reads then wait long. LSE likewise before
+    // dP.
     issue_gradient(dv, p, shared_address(shared_.dout[stage]));
-    if constexpr (kTwoTiles) read_stats<0, kChunks>(delta, delta_of_rows);
-    if constexpr (kTwoTiles) issue_scores(s, item, step_ + 1, more);
+    if constexpr (kTwoTiles) {
+      read_stats<0, kChunks>(delta, delta_of_rows);
+      issue_scores(s, item, step_ + 1, more);
+    }
     wgmma_wait<kTwoTiles ? 2 : 1>();
     pin(dp);
     if constexpr (!kTwoTiles) read_stats<0, kChunks>(delta, delta_of_rows);
     score_gradients(ds, p, dp, delta);
-    store_score_gradients(ds, ds_address);
+    store_score_gradients(ds, ds_address + ds_offset_);
     if constexpr (Traits::kAddsDq) {
       fence_async_proxy();
       __syncwarp();
@@ -150,7 +157,7 @@ class BwdMathWarpgroup {
     wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(p);
     // Back from shared memory, into the registers that P had: there are none for both.
-    if constexpr (kTwoTiles) load_score_gradients(ds, ds_address);
+    if constexpr (kTwoTiles) load_score_gradients(ds, ds_address + ds_offset_);
     release(shared_.dout_empty[stage]);
     if constexpr (!kTwoTiles) issue_scores(s, item, step_ + 1, more);
     if constexpr (Traits::kAddsDq) {
@@ -310,37 +317,6 @@ class BwdMathWarpgroup {
     }
   }
 
-  // dS, queries by keys, this warpgroup's 64 keys in a panel of their own. A thread's registers 4c
-  // to 4c + 3: queries 16c and 16c + 8, of each the two halves of the warp's 16 keys.
-  __device__ __forceinline__ void store_score_gradients(const uint32_t (&ds)[kScores / 2],
-                                                        uint32_t ds_address) {
-    const uint32_t address = ds_address + ds_offset_;
-#pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 16; ++c)
-      store_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
-                       ds[4 * c + 3]);
-    __syncwarp();
-  }
-
-  // What the same warp has stored.
-  __device__ __forceinline__ void load_score_gradients(uint32_t (&ds)[kScores / 2],
-                                                       uint32_t ds_address) {
-    const uint32_t address = ds_address + ds_offset_;
-#pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 16; ++c)
-      load_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
-                      ds[4 * c + 3]);
-  }
-
-  // Where in a tile of dS this thread's first row is stored.
-  __device__ __forceinline__ static uint32_t score_gradients_offset(int warpgroup) {
-    const int t = thread();
-    const int matrix = t % 32 / 8;
-    const int query = matrix / 2 * 8 + t % 8;
-    const int chunk = t / 32 * 2 + matrix % 2;
-    return warpgroup * Traits::kQueryPanelBytes + query * 128 + (chunk ^ query % 8) * 16;
-  }
-
   // In a packed batch a query tile may reach into other sequences, or into rows of none. What they
   // add is weighed by 0, but 0 times NaN is NaN: they become 0. Both warpgroups write the same
   // zeros.
@@ -358,35 +334,12 @@ class BwdMathWarpgroup {
     named_barrier_sync(kClearBarrier + warpgroup_, 128);
   }
 
-  __device__ __forceinline__ void finish(uint32_t n, const float (&dk)[kGradients],
-                                         const float (&dv)[kGradients]) {
-    const Item& item = shared_.items[n % 2];
-    if (item.partial >= 0) {
-      float* const partial = params_.partials + static_cast<int64_t>(item.partial) * 2 *
-                                                    Traits::kBlockN * Traits::kHeadDim;
-      store_accumulators(partial + warpgroup_ * 64 * Traits::kHeadDim, dk);
-      store_accumulators(partial + (Traits::kBlockN + warpgroup_ * 64) * Traits::kHeadDim, dv);
-      return;
-    }
-    T* dk_rows[2];
-    T* dv_rows[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = shared_.rows[n % 2][key_row() + 8 * half].row;
-      const int64_t at = gradient_offset<Traits::kHeadDim>(params_, item, row);
-      dk_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dk) + at;
-      dv_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dv) + at;
-    }
-    store_rows(dk_rows[0], dk_rows[1], dk, params_.softmax_scale);
-    store_rows(dv_rows[0], dv_rows[1], dv, 1.f);
-  }
-
   const AttentionBwdParams& params_;
   typename Traits::Shared& shared_;
   const int warpgroup_;
   const int lane_;
-  const uint32_t ds_offset_;
-  uint32_t step_ = 0;  // of the Q, dO and dS pipelines
+  const uint32_t ds_offset_;  // of this thread's first row in a tile of dS
+  uint32_t step_ = 0;         // of the Q, dO and dS pipelines
 };
 
 }  // namespace longgen::sm90
