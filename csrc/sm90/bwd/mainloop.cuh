@@ -158,7 +158,7 @@ class BwdMathWarpgroup {
     keep(p);
     // Back from shared memory, into the registers that P had: there are none for both.
     if constexpr (kTwoTiles) load_score_gradients(ds, ds_address + ds_offset_);
-    release(shared_.dout_empty[stage]);
+    shared_.dout_empty[stage].arrive();  // every thread, as it read LSE and delta
     if constexpr (!kTwoTiles) issue_scores(s, item, step_ + 1, more);
     if constexpr (Traits::kAddsDq) {
       shared_.ds_full.wait(step_ & 1);
