@@ -72,19 +72,25 @@ class BwdMathWarpgroup {
 
   __device__ __forceinline__ void work(uint32_t n) {
     const Item& item = shared_.items[n % 2];
-    const int steps = item.steps;
+    const Steps own = steps_of_warpgroup<Traits::kBlockM>(params_.pattern, item, warpgroup_);
+    int unseen = own.lo;  // steps before those
     float dk[kGradients], dv[kGradients];
 #pragma unroll
     for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
 
     shared_.k_full.wait(n & 1);
-    if (steps > 0) {
+    if (own.lo < own.hi) {
       float s[kScores];
       uint32_t ds[kScores / 2] = {};
-      issue_scores(s, item, step_, true);
+      for (; unseen > 1; --unseen) pass();
+      // While the other warpgroup computes what this one has to wait for, the first scores.
+      if (unseen > 0) offer_zeros();
+      issue_scores(s, item, step_ + unseen, true);
       shared_.v_full.wait(n & 1);
       wgmma_wait<0>();
-      for (int left = steps - 1; left >= 0; --left) {
+      pin(s);
+      if (unseen > 0) add_query_gradient_of_others();
+      for (int left = own.hi - own.lo - 1; left >= 0; --left) {
         step(dk, dv, s, ds, n, left > 0);
       }
       wgmma_wait<0>();
@@ -93,6 +99,7 @@ class BwdMathWarpgroup {
     } else {
       shared_.v_full.wait(n & 1);
     }
+    for (unseen = item.steps - own.hi; unseen > 0; --unseen) pass();
     release(shared_.keys_empty);
     store_gradients<Traits>(params_, shared_.items[n % 2], shared_.rows[n % 2], warpgroup_,
                             key_row(), dk, dv);
@@ -163,7 +170,7 @@ class BwdMathWarpgroup {
     if constexpr (Traits::kAddsDq) {
       shared_.ds_full.wait(step_ & 1);
       float dq[kDq];
-      issue_query_gradient(dq, ds_address);
+      issue_query_gradient<Traits::kBlockN>(dq, ds_address, 0);
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
       step_ = uniform(step_ + 1);
       float* const sums = query_gradient_sums(shared_.steps[q_stage].q_tile);
@@ -175,6 +182,42 @@ class BwdMathWarpgroup {
       step_ = uniform(step_ + 1);
       wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
     }
+  }
+
+  // A step in which no query sees a key of this warpgroup: what is left of it is to add its part of
+  // dQ, from the other warpgroup's keys. In two halves: what that one waits for, and what waits for
+  // it.
+  __device__ __forceinline__ void pass() {
+    offer_zeros();
+    add_query_gradient_of_others();
+  }
+
+  __device__ __forceinline__ void offer_zeros() {
+    const uint32_t stage = step_ % Traits::kDoutStages;
+    // Not before they are there: the arrivals below are of this round.
+    shared_.q_full[step_ % Traits::kQStages].wait(step_ / Traits::kQStages & 1);
+    shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
+    if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    shared_.dout_empty[stage].arrive();
+    if constexpr (Traits::kAddsDq) {
+      const uint32_t zeros[kScores / 2] = {};
+      store_score_gradients(zeros, shared_address(shared_.ds[step_ % 2]) + ds_offset_);
+      fence_async_proxy();
+      __syncwarp();
+      release(shared_.ds_full);
+    }
+  }
+
+  __device__ __forceinline__ void add_query_gradient_of_others() {
+    if constexpr (Traits::kAddsDq) {
+      shared_.ds_full.wait(step_ & 1);
+      float dq[kDq];
+      issue_query_gradient<64>(dq, shared_address(shared_.ds[step_ % 2]), (1 - warpgroup_) * 64);
+      wgmma_wait<0>();
+      pin(dq);
+      add_accumulators_to(query_gradient_sums(shared_.steps[step_ % Traits::kQStages].q_tile), dq);
+    }
+    step_ = uniform(step_ + 1);
   }
 
   // One arrival a warp: a warp's own wgmma_wait says nothing about its neighbours.
@@ -235,15 +278,17 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // dQ = dS K: this warpgroup's part, over all keys; K is N-major.
-  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kDq], uint32_t ds_address) {
+  // dQ = dS K: this warpgroup's part, over kKeys keys from `first` on; K is N-major.
+  template <int kKeys>
+  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kDq], uint32_t ds_address,
+                                                       int first) {
     const Part part(warpgroup_);
-    const uint64_t a = operand(ds_address + part.row * 128);
-    const uint64_t b =
-        operand(shared_address(shared_.k) + part.column / 64 * Traits::kKeyPanelBytes);
+    const uint64_t a = operand(ds_address + first / 64 * Traits::kQueryPanelBytes + part.row * 128);
+    const uint64_t b = operand(shared_address(shared_.k) +
+                               part.column / 64 * Traits::kKeyPanelBytes + first * 128);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < Traits::kBlockN / 16; ++k) {
+    for (int k = 0; k < kKeys / 16; ++k) {
       const uint64_t a_k = advance(a, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
       const uint64_t b_k = advance(b, k * 2048);
       if (k == 0) {

@@ -21,9 +21,7 @@ __device__ __forceinline__ void copy_queries(const CUtensorMap& map, Mbarrier& d
     copy_box(map, done, tile + panel * Traits::kQueryPanelBytes, panel * 64, row, head, batch);
 }
 
-// The query tiles `first` to `last` - 1 of the stream's head. Those of global keys from the last
-// one down: the items of a head, which start at different positions, then pass the same tiles at
-// the same time, and Q, dO and dQ's sums of many heads at once need not fit into L2.
+// The query tiles in places `first` to `last` - 1 of the stream's head.
 template <typename Traits>
 __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
                                                const CUtensorMap& q_map,
@@ -36,8 +34,7 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
     const uint32_t q_stage = step % Traits::kQStages;
     Mbarrier& q_full = shared.q_full[q_stage];
     shared.q_empty[q_stage].wait((step / Traits::kQStages & 1) ^ 1);
-    const int place = item.keys.global ? stream.tiles.count() - 1 - i : i;
-    const int tile = stream.tiles.at(params.pattern, place);
+    const int tile = stream.tiles.at(params.pattern, item.place(i, stream.tiles.count()));
     const int p_tile = (item.sequence.q_start & -Traits::kBlockM) + tile * Traits::kBlockM;
     Step& info = shared.steps[q_stage];
     info = {p_tile, stream.q_tile0 + tile, item.masks(p_tile, Traits::kBlockM)};
