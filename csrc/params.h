@@ -91,10 +91,14 @@ struct AttentionFwdParams {
 
 // How the items of the backward kernel are numbered: first the key tiles that hold sink or strided
 // keys, the longest, then the others; each by head, and packed, by slot (see packed_sequence).
+// The others' last slots of all heads come at the end together: the shortest tiles of a causal
+// pattern, which even out what each block has got.
 struct BwdPlan {
   int32_t group;                      // query heads of a KV head
   int32_t q_tiles;                    // of a head; packed, slots
+  int32_t heads;                      // of keys, of all sequences
   int32_t global_slots, local_slots;  // key tiles of a head
+  int32_t last_slots;                 // of the local ones those that come at the end
   int32_t key_slack;                  // packed: slots that a sequence has beyond its length
   int32_t chunks, chunk_steps;        // a global tile's query tiles are shared out in chunks
   int32_t global_items, items;

@@ -42,6 +42,15 @@ int walk(const AttentionBwdParams& params, int32_t* owned, int8_t* seen) {
     const int box = 1 << params.plan.log2_box;
     for (int row = 0; row < kKeyTile && item.keys.whole(); ++row)
       if (row % box != 0 && k_rows[row] != k_rows[row - 1] + 1) return 5;  // no run of keys
+    const Steps own[] = {steps_of_warpgroup<kQueryTile>(params.pattern, item, 0),
+                         steps_of_warpgroup<kQueryTile>(params.pattern, item, 1)};
+    for (const Steps& steps : own)
+      if (steps.lo < 0 || steps.hi > item.steps || steps.hi < steps.lo) return 6;
+    // Otherwise steps of no use may lie between others.
+    const bool exact = params.plan.group == 1 && item.partial < 0 && params.pattern.stride == 0 &&
+                       params.pattern.mask_cols == nullptr &&
+                       (params.pattern.window_kind == Window::kNone || params.pattern.window > 0);
+    int step = 0;
     int head = item.kv_head * params.plan.group, skipped = item.first_step, left = item.steps;
     for (; left > 0; ++head) {
       if (head == (item.kv_head + 1) * params.plan.group) return 2;  // fewer steps than promised
@@ -50,22 +59,28 @@ int walk(const AttentionBwdParams& params, int32_t* owned, int8_t* seen) {
       const int last = std::min(tiles.count(), skipped + left);
       skipped -= first;
       left -= last - first;
-      for (int i = first; i < last; ++i) {
-        const int tile = tiles.at(params.pattern, i);
+      for (int i = first; i < last; ++i, ++step) {
+        const int tile = tiles.at(params.pattern, item.place(i, tiles.count()));
         if (!numbered_alike<kQueryTile>(params, item, head, tile)) return 3;
         const int p_tile = (item.sequence.q_start & -kQueryTile) + tile * kQueryTile;
         const bool masked = item.masks(p_tile, kQueryTile);
+        bool in_vain[] = {true, true};
         for (int p = p_tile; p < p_tile + kQueryTile; ++p) {
           for (int row = 0; row < kKeyTile; ++row) {
             const bool shown = p >= runs[row].lo && p < runs[row].hi;
             if (!masked && !shown) return 4;  // would show a pair that is not visible
             if (!shown || p < item.sequence.q_start || p >= item.q_end()) continue;
+            const Steps& steps = own[row / 64];
+            if (step < steps.lo || step >= steps.hi) return 7;  // would not be computed
+            in_vain[row / 64] = false;
             const int64_t q_row =
                 static_cast<int64_t>(batch * params.q_heads + head) * params.seqlen_q +
                 item.q_row(p);
             ++seen[q_row * params.seqlen_k + k_rows[row]];
           }
         }
+        for (int w = 0; w < 2; ++w)
+          if (exact && in_vain[w] && step >= own[w].lo && step < own[w].hi) return 8;
       }
     }
   }

@@ -111,6 +111,13 @@ def test_global_keys_of_few_heads_are_divided(pattern: A, head_dim: int, library
     assert check(library, case.at(BF16, head_dim)) > 1
 
 
+@pytest.mark.parametrize("pattern", [A.causal(), A.strided(3, 64, window=100, sink=5)], ids=str)
+def test_last_tiles_of_many_heads(pattern: A, library: ctypes.CDLL) -> None:
+    """More local tiles than are left for the end: of 128 heads two each."""
+    check(library, dense("many heads", pattern, 700, batch=2, q_heads=64, kv_heads=64).at(BF16, 128))
+    check(library, packed("many heads", pattern, (130, 5, 300), q_heads=64, kv_heads=64).at(BF16, 128))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)  # times 8 kinds

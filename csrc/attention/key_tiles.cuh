@@ -46,6 +46,16 @@ struct KeyTile {
 
   __host__ __device__ __forceinline__ bool whole() const { return owns(0) && owns(kKeyTile - 1); }
 
+  // Its rows from `first` on, `count` of them: the others are no longer its own.
+  __host__ __device__ __forceinline__ KeyTile part(int first, int count) const {
+    KeyTile part = *this;
+    if (lo < column0 + first) part.lo = column0 + first;
+    if (hi > column0 + first + count) part.hi = column0 + first + count;
+    return part;
+  }
+
+  __host__ __device__ __forceinline__ bool empty() const { return lo >= hi; }
+
   // Of a column that some tile owns.
   __host__ __device__ __forceinline__ int position(const PatternParams& pattern, int column) const {
     if (columns == Columns::kPositions) return column;

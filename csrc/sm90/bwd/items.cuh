@@ -29,6 +29,12 @@ struct Item {
   __host__ __device__ __forceinline__ bool masks(int p_tile, int rows) const {
     return p_tile < all.lo || p_tile + rows > all.hi;
   }
+  // Which of a head's `count` query tiles comes in place `index`. Those of global keys come from
+  // the last one down: the items of a head, which start at different positions, then pass the same
+  // tiles at the same time, and Q, dO and dQ's sums of many heads at once need not fit into L2.
+  __host__ __device__ __forceinline__ int place(int index, int count) const {
+    return keys.global ? count - 1 - index : index;
+  }
   // Rows in the tensors of the token at a position.
   __host__ __device__ __forceinline__ int k_row(int position) const {
     return sequence.k_row0 - sequence.k_start + position;
@@ -52,6 +58,41 @@ __host__ __device__ __forceinline__ QueryTiles<kQueryTile> query_tiles(
     const AttentionBwdParams& params, const Item& item, int head) {
   return QueryTiles<kQueryTile>(params.pattern, item.some, item.j_first, item.sequence.q_start,
                                 head, params.q_heads);
+}
+
+// Steps lo to hi - 1.
+struct Steps {
+  int lo, hi;
+};
+
+// Where in an item the keys of a math warpgroup are seen: in no step outside, and {0, 0} if in
+// none. Of an item that several query heads share, only the first one's beginning and the last
+// one's end are left out.
+template <int kQueryTile>
+__host__ __device__ __forceinline__ Steps steps_of_warpgroup(const PatternParams& pattern,
+                                                             const Item& item, int warpgroup) {
+  const KeyTile keys = item.keys.part(warpgroup * 64, 64);
+  if (keys.empty() || item.steps == 0) return {0, 0};
+  if (pattern.mask_cols != nullptr) return {0, item.steps};  // its tiles are not a run
+  const Run seen = seen_by_some(pattern, keys, item.sequence.q_start, item.q_end());
+  if (seen.hi <= seen.lo) return {0, 0};
+  // In a head's tiles, numbered from the item's first one: as `seen` is part of `some`, none lies
+  // outside.
+  const int tile0 = item.some.lo & -kQueryTile;
+  const int count = (item.some.hi - tile0 + kQueryTile - 1) / kQueryTile;
+  int first = (seen.lo - tile0) / kQueryTile;
+  int last = (seen.hi - 1 - tile0) / kQueryTile;
+  if (item.keys.global) {
+    const int lowest = first;
+    first = item.place(last, count);
+    last = item.place(lowest, count);
+  }
+  const int begin = item.first_step % count;
+  const int end = (item.first_step + item.steps - 1) % count;
+  Steps steps{0, item.steps};
+  if (begin < first) steps.lo = first - begin;
+  if (end > last) steps.hi -= end - last;
+  return steps.lo < steps.hi ? steps : Steps{0, 0};
 }
 
 // The key tile in slot `slot` of the global or local ones, with all its steps. Returns whether it
@@ -92,10 +133,17 @@ template <int kQueryTile>
 __host__ __device__ inline bool find_item(const AttentionBwdParams& params, int index, Item& item) {
   const BwdPlan& plan = params.plan;
   const bool global = index < plan.global_items;
-  int rest = global ? index : index - plan.global_items;
-  const int slots = global ? plan.global_slots : plan.local_slots;
-  const int slot = rest % slots;
-  rest /= slots;
+  const int first_of_last = plan.items - plan.last_slots * plan.heads;
+  const int slots = global ? plan.global_slots : plan.local_slots - plan.last_slots;
+  int slot, rest;
+  if (index < first_of_last) {
+    rest = global ? index : index - plan.global_items;
+    slot = rest % slots;
+    rest /= slots;
+  } else {
+    rest = (index - first_of_last) % plan.heads;
+    slot = slots + (index - first_of_last) / plan.heads;
+  }
   item.first_step = 0;
   item.partial = -1;
   item.stop = false;

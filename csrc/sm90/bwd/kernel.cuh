@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     }
     for (int stage = 0; stage < Traits::kDoutStages; ++stage) {
       shared.dout_full[stage].init(1);
-      shared.dout_empty[stage].init(Traits::kMathWarps);
+      // Every thread arrives that reads LSE and delta.
+      shared.dout_empty[stage].init(Traits::kMathWarps * 32);
     }
     shared.ds_full.init(Traits::kMathWarps);
     fence_barrier_init();

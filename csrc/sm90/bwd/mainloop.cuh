@@ -7,11 +7,12 @@
 #pragma once
 
 #include "arch/sm90/barrier.cuh"
-#include "arch/sm90/shared_copy.cuh"
 #include "arch/sm90/tma.cuh"
 #include "arch/sm90/wgmma.cuh"
 #include "attention/softmax.cuh"
+#include "sm90/bwd/gradients.cuh"
 #include "sm90/bwd/rows.cuh"
+#include "sm90/bwd/score_gradients.cuh"
 #include "sm90/bwd/traits.cuh"
 
 namespace longgen::sm90 {
@@ -24,6 +25,7 @@ class BwdMathWarpgroup {
   using T = typename Traits::T;
   static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
   static constexpr int kGradients = Traits::kHeadDim / 2;
+  static constexpr int kChunks = Traits::kBlockM / 8;  // of queries; a thread has two of each
   static constexpr bool kTwoTiles = Traits::kTwoTilesFit;
   using Part = DqPart<Traits::kHeadDim>;
   static constexpr int kDq = Part::kFloats / 128;
@@ -31,7 +33,11 @@ class BwdMathWarpgroup {
  public:
   __device__ BwdMathWarpgroup(const AttentionBwdParams& params, typename Traits::Shared& shared,
                               int warpgroup)
-      : params_(params), shared_(shared), warpgroup_(warpgroup), lane_(threadIdx.x % 32) {}
+      : params_(params),
+        shared_(shared),
+        warpgroup_(warpgroup),
+        lane_(threadIdx.x % 32),
+        ds_offset_(score_gradients_offset<Traits>(warpgroup, thread())) {}
 
   __device__ __forceinline__ void run() {
     for (uint32_t n = 0;; ++n) {
@@ -66,29 +72,41 @@ class BwdMathWarpgroup {
 
   __device__ __forceinline__ void work(uint32_t n) {
     const Item& item = shared_.items[n % 2];
-    const int steps = item.steps;
+    const Steps own = steps_of_warpgroup<Traits::kBlockM>(params_.pattern, item, warpgroup_);
+    int unseen = own.lo;  // steps before those
     float dk[kGradients], dv[kGradients];
 #pragma unroll
     for (int i = 0; i < kGradients; ++i) dk[i] = dv[i] = 0.f;
 
     shared_.k_full.wait(n & 1);
-    if (steps > 0) {
+    if (own.lo < own.hi) {
       float s[kScores];
       uint32_t ds[kScores / 2] = {};
-      issue_scores(s, item, step_, true);
+      for (; unseen > 1; --unseen) pass();
+      // While the other warpgroup computes what this one has to wait for, the first scores.
+      if (unseen > 0) offer_zeros();
+      issue_scores(s, item, step_ + unseen, true);
       shared_.v_full.wait(n & 1);
       wgmma_wait<0>();
-      for (int left = steps - 1; left >= 0; --left) {
+      pin(s);
+      if (unseen > 0) add_query_gradient_of_others();
+      for (int left = own.hi - own.lo - 1; left >= 0; --left) {
         step(dk, dv, s, ds, n, left > 0);
       }
+      // The last dK, still in flight, reads Q alone.
+      if (own.hi == item.steps) release(shared_.keys_empty);
       wgmma_wait<0>();
       pin(dk);
       pin(dv);
     } else {
       shared_.v_full.wait(n & 1);
     }
-    release(shared_.keys_empty);
-    finish(n, dk, dv);
+    if (own.hi < item.steps || own.lo == own.hi) {
+      for (unseen = item.steps - own.hi; unseen > 0; --unseen) pass();
+      release(shared_.keys_empty);
+    }
+    store_gradients<Traits>(params_, shared_.items[n % 2], shared_.rows[n % 2], warpgroup_,
+                            key_row(), dk, dv);
   }
 
   // One query tile, whose scores are in flight or there.
@@ -99,35 +117,49 @@ class BwdMathWarpgroup {
     const uint32_t q_stage = step_ % Traits::kQStages;
     const uint32_t stage = step_ % Traits::kDoutStages;
     const uint32_t ds_address = shared_address(shared_.ds[step_ % 2]);
+    const float* const lse_of_rows = shared_.stats[stage][0];
+    const float* const delta_of_rows = shared_.stats[stage][1];
     uint32_t p[kScores / 2];
     float dp[kScores];
+    float2 lse[kChunks], delta[kChunks];
 
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there. Half
-    // of the scores are weighed beside dK: were it all of them, ptxas would find no registers for
-    // what is in flight.
-    constexpr int kBesideDk = kScores / 2;
+    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there: then
+    // half of the scores are weighed beside dK, and their mask, a branch, keeps ptxas from moving
+    // that behind the wait.
+    constexpr int kBesideDk = kTwoTiles ? kScores : kScores / 2;
+    read_stats<0, kTwoTiles ? kChunks : kChunks / 2>(lse, lse_of_rows);
     if constexpr (kTwoTiles)
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
     pin(s);
-    weigh<0, kBesideDk>(s, stage, n, shared_.steps[q_stage]);
+    weigh<0, kBesideDk>(s, lse);
+    if constexpr (!kTwoTiles) mask<0, kBesideDk>(s, n, shared_.steps[q_stage]);
     wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(ds);
     if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
-    if constexpr (!kTwoTiles)
+    if constexpr (!kTwoTiles) {
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-    weigh<kBesideDk, kScores>(s, stage, n, shared_.steps[q_stage]);
+      read_stats<kChunks / 2, kChunks>(lse, lse_of_rows);
+    }
+    weigh<kBesideDk, kScores>(s, lse);
+    mask<kTwoTiles ? 0 : kBesideDk, kScores>(s, n, shared_.steps[q_stage]);
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
 
-    // dV, and as soon as there is room for them the next scores.
+    // dV, and as soon as there is room for them the next scores. Delta is read before those: both
+    // their operands come from shared memory, where other reads then wait long. LSE likewise before
+    // dP.
     issue_gradient(dv, p, shared_address(shared_.dout[stage]));
-    if constexpr (kTwoTiles) issue_scores(s, item, step_ + 1, more);
+    if constexpr (kTwoTiles) {
+      read_stats<0, kChunks>(delta, delta_of_rows);
+      issue_scores(s, item, step_ + 1, more);
+    }
     wgmma_wait<kTwoTiles ? 2 : 1>();
     pin(dp);
-    score_gradients(ds, p, dp, shared_.stats[stage][1]);
-    store_score_gradients(ds, ds_address);
+    if constexpr (!kTwoTiles) read_stats<0, kChunks>(delta, delta_of_rows);
+    score_gradients(ds, p, dp, delta);
+    store_score_gradients(ds, ds_address + ds_offset_);
     if constexpr (Traits::kAddsDq) {
       fence_async_proxy();
       __syncwarp();
@@ -136,23 +168,60 @@ class BwdMathWarpgroup {
     wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(p);
     // Back from shared memory, into the registers that P had: there are none for both.
-    if constexpr (kTwoTiles) load_score_gradients(ds, ds_address);
-    release(shared_.dout_empty[stage]);
+    if constexpr (kTwoTiles) load_score_gradients(ds, ds_address + ds_offset_);
+    shared_.dout_empty[stage].arrive();  // every thread, as it read LSE and delta
     if constexpr (!kTwoTiles) issue_scores(s, item, step_ + 1, more);
     if constexpr (Traits::kAddsDq) {
       shared_.ds_full.wait(step_ & 1);
       float dq[kDq];
-      issue_query_gradient(dq, ds_address);
+      issue_query_gradient<Traits::kBlockN>(dq, ds_address, 0);
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
       step_ = uniform(step_ + 1);
+      float* const sums = query_gradient_sums(shared_.steps[q_stage].q_tile);
       wgmma_wait<1>();
       pin(dq);
-      add_query_gradient(dq, shared_.steps[q_stage].q_tile);
+      add_accumulators_to(sums, dq);
     } else {
       issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
       step_ = uniform(step_ + 1);
       wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
     }
+  }
+
+  // A step in which no query sees a key of this warpgroup: what is left of it is to add its part of
+  // dQ, from the other warpgroup's keys. In two halves: what that one waits for, and what waits for
+  // it.
+  __device__ __forceinline__ void pass() {
+    offer_zeros();
+    add_query_gradient_of_others();
+  }
+
+  __device__ __forceinline__ void offer_zeros() {
+    const uint32_t stage = step_ % Traits::kDoutStages;
+    // Not before they are there: the arrivals below are of this round.
+    shared_.q_full[step_ % Traits::kQStages].wait(step_ / Traits::kQStages & 1);
+    shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
+    if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    shared_.dout_empty[stage].arrive();
+    if constexpr (Traits::kAddsDq) {
+      const uint32_t zeros[kScores / 2] = {};
+      store_score_gradients(zeros, shared_address(shared_.ds[step_ % 2]) + ds_offset_);
+      fence_async_proxy();
+      __syncwarp();
+      release(shared_.ds_full);
+    }
+  }
+
+  __device__ __forceinline__ void add_query_gradient_of_others() {
+    if constexpr (Traits::kAddsDq) {
+      shared_.ds_full.wait(step_ & 1);
+      float dq[kDq];
+      issue_query_gradient<64>(dq, shared_address(shared_.ds[step_ % 2]), (1 - warpgroup_) * 64);
+      wgmma_wait<0>();
+      pin(dq);
+      add_accumulators_to(query_gradient_sums(shared_.steps[step_ % Traits::kQStages].q_tile), dq);
+    }
+    step_ = uniform(step_ + 1);
   }
 
   // One arrival a warp: a warp's own wgmma_wait says nothing about its neighbours.
@@ -213,15 +282,17 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // dQ = dS K: this warpgroup's part, over all keys; K is N-major.
-  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kDq], uint32_t ds_address) {
+  // dQ = dS K: this warpgroup's part, over kKeys keys from `first` on; K is N-major.
+  template <int kKeys>
+  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kDq], uint32_t ds_address,
+                                                       int first) {
     const Part part(warpgroup_);
-    const uint64_t a = operand(ds_address + part.row * 128);
-    const uint64_t b =
-        operand(shared_address(shared_.k) + part.column / 64 * Traits::kKeyPanelBytes);
+    const uint64_t a = operand(ds_address + first / 64 * Traits::kQueryPanelBytes + part.row * 128);
+    const uint64_t b = operand(shared_address(shared_.k) +
+                               part.column / 64 * Traits::kKeyPanelBytes + first * 128);
     wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < Traits::kBlockN / 16; ++k) {
+    for (int k = 0; k < kKeys / 16; ++k) {
       const uint64_t a_k = advance(a, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
       const uint64_t b_k = advance(b, k * 2048);
       if (k == 0) {
@@ -233,39 +304,47 @@ class BwdMathWarpgroup {
     wgmma_commit();
   }
 
-  // Adds this warpgroup's part of a query tile's dQ to the sums in memory.
-  __device__ __forceinline__ void add_query_gradient(const float (&dq)[kDq], int64_t q_tile) {
-    add_accumulators_to(params_.dq_sum + q_tile * Traits::kDqFloats + Part(warpgroup_).offset, dq);
+  // The sums in memory of this warpgroup's part of a query tile's dQ. Known before the wait for dQ,
+  // behind which the address would be computed otherwise, with no product but dK in flight.
+  __device__ __forceinline__ float* query_gradient_sums(int64_t q_tile) const {
+    float* sums = params_.dq_sum + q_tile * Traits::kDqFloats + Part(warpgroup_).offset;
+    asm volatile("" : "+l"(sums));
+    return sums;
   }
 
-  // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1; 0 where a query does not
-  // see the key, whatever S is there.
+  // Reads LSE or delta of this thread's queries in chunks kFirst to kEnd - 1.
   template <int kFirst, int kEnd>
-  __device__ __forceinline__ void weigh(float (&s)[kScores], uint32_t stage, uint32_t n,
-                                        const Step& step) {
-    const float2* lse =
-        reinterpret_cast<const float2*>(shared_.stats[stage][0]) + lane_ % 4;  // + 4 a chunk
+  __device__ __forceinline__ void read_stats(float2 (&stats)[kChunks], const float* of_rows) const {
 #pragma unroll
-    for (int c = kFirst / 4; c < kEnd / 4; ++c) {
-      const float2 offset = lse[4 * c];
+    for (int c = kFirst; c < kEnd; ++c)
+      stats[c] = reinterpret_cast<const float2*>(of_rows)[4 * c + lane_ % 4];
+  }
+
+  // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1.
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ void weigh(float (&s)[kScores], const float2 (&lse)[kChunks]) const {
 #pragma unroll
-      for (int i = 4 * c; i < 4 * c + 4; ++i)
-        s[i] = fast_exp2(s[i] * params_.scale_log2 - (i % 2 == 0 ? offset.x : offset.y));
-    }
-    if (step.masked) {
-      const int column0 = step.p_tile + lane_ % 4 * 2;
+    for (int i = kFirst; i < kEnd; ++i)
+      s[i] = fast_exp2(s[i] * params_.scale_log2 - (i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y));
+  }
+
+  // Weights become 0 where a query does not see the key, whatever is there.
+  template <int kFirst, int kEnd>
+  __device__ __forceinline__ void mask(float (&weights)[kScores], uint32_t n,
+                                       const Step& step) const {
+    if (!step.masked) return;
+    const int column0 = step.p_tile + lane_ % 4 * 2;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Run seen = shared_.rows[n % 2][key_row() + 8 * half].seen;
-        const int lo = seen.lo - column0;
-        const int hi = seen.hi - column0;
+    for (int half = 0; half < 2; ++half) {
+      const Run seen = shared_.rows[n % 2][key_row() + 8 * half].seen;
+      const int lo = seen.lo - column0;
+      const int hi = seen.hi - column0;
 #pragma unroll
-        for (int c = kFirst / 4; c < kEnd / 4; ++c) {
+      for (int c = kFirst / 4; c < kEnd / 4; ++c) {
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            float& weight = s[4 * c + 2 * half + e];
-            weight = (8 * c + e >= lo) & (8 * c + e < hi) ? weight : 0.f;
-          }
+        for (int e = 0; e < 2; ++e) {
+          float& weight = weights[4 * c + 2 * half + e];
+          weight = (8 * c + e >= lo) & (8 * c + e < hi) ? weight : 0.f;
         }
       }
     }
@@ -274,48 +353,17 @@ class BwdMathWarpgroup {
   // dS = P (dP - delta), from the rounded weights that dV sums too: they need half the registers.
   __device__ __forceinline__ void score_gradients(uint32_t (&ds)[kScores / 2],
                                                   const uint32_t (&p)[kScores / 2],
-                                                  const float (&dp)[kScores], const float* delta) {
-    const float2* offsets = reinterpret_cast<const float2*>(delta) + lane_ % 4;
+                                                  const float (&dp)[kScores],
+                                                  const float2 (&delta)[kChunks]) {
 #pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 8; ++c) {
-      const float2 offset = offsets[4 * c];
+    for (int c = 0; c < kChunks; ++c) {
+      const float2 offset = delta[c];
 #pragma unroll
       for (int i = 2 * c; i < 2 * c + 2; ++i) {
         const float2 weight = unpack<T>(p[i]);
         ds[i] = pack<T>(weight.x * (dp[2 * i] - offset.x), weight.y * (dp[2 * i + 1] - offset.y));
       }
     }
-  }
-
-  // dS, queries by keys, this warpgroup's 64 keys in a panel of their own. A thread's registers 4c
-  // to 4c + 3: queries 16c and 16c + 8, of each the two halves of the warp's 16 keys.
-  __device__ __forceinline__ void store_score_gradients(const uint32_t (&ds)[kScores / 2],
-                                                        uint32_t ds_address) {
-    const uint32_t address = score_gradients_address(ds_address);
-#pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 16; ++c)
-      store_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
-                       ds[4 * c + 3]);
-    __syncwarp();
-  }
-
-  // What the same warp has stored.
-  __device__ __forceinline__ void load_score_gradients(uint32_t (&ds)[kScores / 2],
-                                                       uint32_t ds_address) {
-    const uint32_t address = score_gradients_address(ds_address);
-#pragma unroll
-    for (int c = 0; c < Traits::kBlockM / 16; ++c)
-      load_transposed(address + c * 16 * 128, ds[4 * c], ds[4 * c + 1], ds[4 * c + 2],
-                      ds[4 * c + 3]);
-  }
-
-  __device__ __forceinline__ uint32_t score_gradients_address(uint32_t ds_address) const {
-    const int t = thread();
-    const int matrix = t % 32 / 8;
-    const int query = matrix / 2 * 8 + t % 8;
-    const int chunk = t / 32 * 2 + matrix % 2;
-    return ds_address + warpgroup_ * Traits::kQueryPanelBytes + query * 128 +
-           (chunk ^ query % 8) * 16;
   }
 
   // In a packed batch a query tile may reach into other sequences, or into rows of none. What they
@@ -335,34 +383,12 @@ class BwdMathWarpgroup {
     named_barrier_sync(kClearBarrier + warpgroup_, 128);
   }
 
-  __device__ __forceinline__ void finish(uint32_t n, const float (&dk)[kGradients],
-                                         const float (&dv)[kGradients]) {
-    const Item& item = shared_.items[n % 2];
-    if (item.partial >= 0) {
-      float* const partial = params_.partials + static_cast<int64_t>(item.partial) * 2 *
-                                                    Traits::kBlockN * Traits::kHeadDim;
-      store_accumulators(partial + warpgroup_ * 64 * Traits::kHeadDim, dk);
-      store_accumulators(partial + (Traits::kBlockN + warpgroup_ * 64) * Traits::kHeadDim, dv);
-      return;
-    }
-    T* dk_rows[2];
-    T* dv_rows[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = shared_.rows[n % 2][key_row() + 8 * half].row;
-      const int64_t at = gradient_offset<Traits::kHeadDim>(params_, item, row);
-      dk_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dk) + at;
-      dv_rows[half] = row < 0 ? nullptr : static_cast<T*>(params_.dv) + at;
-    }
-    store_rows(dk_rows[0], dk_rows[1], dk, params_.softmax_scale);
-    store_rows(dv_rows[0], dv_rows[1], dv, 1.f);
-  }
-
   const AttentionBwdParams& params_;
   typename Traits::Shared& shared_;
   const int warpgroup_;
   const int lane_;
-  uint32_t step_ = 0;  // of the Q, dO and dS pipelines
+  const uint32_t ds_offset_;  // of this thread's first row in a tile of dS
+  uint32_t step_ = 0;         // of the Q, dO and dS pipelines
 };
 
 }  // namespace longgen::sm90

@@ -2,6 +2,7 @@
 // of chunks.
 #pragma once
 
+#include "sm90/bwd/gradients.cuh"
 #include "sm90/bwd/rows.cuh"
 #include "sm90/bwd/traits.cuh"
 #include "vector.cuh"

@@ -10,6 +10,10 @@ namespace {
 // Steps of a chunk that its own start, end and sums in memory are small against.
 constexpr int kShortestChunk = 16;
 
+// At most so many local tiles are left for the end: more even nothing out, and Q, dO and dQ's sums
+// of many heads at once have to fit into L2.
+constexpr int kLastItems = 256;
+
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // The steps of all items of a dense batch, from a few of each class of head 0.
@@ -73,7 +77,9 @@ BwdPlan plan_tiles(AttentionBwdParams params) {
   if (has_blocks) plan.log2_box = std::min(plan.log2_box, pattern.log2_block);
 
   plan.global_items = plan.global_slots * plan.chunks * params.kv_heads * batch;
-  plan.items = plan.global_items + plan.local_slots * params.kv_heads * batch;
+  plan.heads = params.kv_heads * batch;
+  plan.last_slots = std::min(plan.local_slots, kLastItems / std::max(plan.heads, 1));
+  plan.items = plan.global_items + plan.local_slots * plan.heads;
   return plan;
 }
 

@@ -106,12 +106,4 @@ struct BwdTraits {
   static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a block can have");
 };
 
-// Where row `k_row` of an item's head lies in dK and dV.
-template <int kHeadDim>
-__device__ __forceinline__ int64_t gradient_offset(const AttentionBwdParams& params,
-                                                   const Item& item, int k_row) {
-  const int64_t row = static_cast<int64_t>(item.sequence.batch) * params.seqlen_k + k_row;
-  return (row * params.kv_heads + item.kv_head) * kHeadDim;
-}
-
 }  // namespace longgen::sm90
