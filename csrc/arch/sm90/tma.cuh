@@ -34,11 +34,4 @@ __device__ __forceinline__ void copy_bytes(const void* global, Mbarrier& done, v
       : "memory");
 }
 
-// Brings bytes to the level-2 cache: a hint, which nothing waits for. Both are multiples of 16.
-__device__ __forceinline__ void prefetch_bytes(const void* global, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)),
-               "r"(bytes)
-               : "memory");
-}
-
 }  // namespace longgen::sm90

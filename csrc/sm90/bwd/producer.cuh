@@ -111,20 +111,6 @@ __device__ __forceinline__ void list_rows(const PatternParams& pattern, const It
   }
 }
 
-// Brings the rows of a key tile to the level-2 cache while the tile before is still needed.
-template <typename Traits>
-__device__ __forceinline__ void prefetch_rows(const void* data, const OutStrides& strides,
-                                              const Item& item, const KeyRow* rows) {
-  using T = typename Traits::T;
-  const T* const first = static_cast<const T*>(data) + item.sequence.batch * strides.batch +
-                         item.kv_head * strides.head;
-#pragma unroll 1
-  for (int row = loader_thread(); row < Traits::kBlockN; row += Traits::kLoaderThreads) {
-    const int k_row = rows[row].row;
-    if (k_row >= 0) prefetch_bytes(first + k_row * strides.seqlen, Traits::kHeadDim * sizeof(T));
-  }
-}
-
 // The rows of a key tile, 16 bytes a thread; zeros where there is no key.
 template <typename Traits>
 __device__ __forceinline__ void load_rows(const void* data, const OutStrides& strides,
@@ -170,33 +156,20 @@ __device__ __forceinline__ void load_boxes(const AttentionBwdParams& params,
            panel * 64, item.k_row(position), item.kv_head, item.sequence.batch);
 }
 
-// What can be done of the next item before there is room for its keys. Returns whether there is
-// one.
-template <typename Traits>
-__device__ __forceinline__ bool await_item(typename Traits::Shared& shared) {
-  const AttentionBwdParams& params = shared.params;
-  const uint32_t n = shared.loads[loader_thread() / 32];
-  const Item& item = shared.items[n % 2];
-  shared.item_full[n % 2].wait(n / 2 & 1);
-  if (item.stop) return false;
-  list_rows<Traits>(params.pattern, item, shared.rows[n % 2]);
-  named_barrier_sync(kLoaderBarrier, Traits::kLoaderThreads);
-  prefetch_rows<Traits>(params.k, params.k_strides, item, shared.rows[n % 2]);
-  forget_registers();
-  prefetch_rows<Traits>(params.v, params.v_strides, item, shared.rows[n % 2]);
-  forget_registers();
-  return true;
-}
-
 // Threads kFirstLoader and following. Keys come in boxes, or where blocks are small or rows not the
 // tile's own, one row at a time, from wherever they are; rows that are not its own become zeros.
 template <typename Traits>
 __device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
                           typename Traits::Shared& shared) {
   const AttentionBwdParams& params = shared.params;
-  while (await_item<Traits>(shared)) {
+  while (true) {
     const uint32_t n = shared.loads[loader_thread() / 32];
     const Item& item = shared.items[n % 2];
+    shared.item_full[n % 2].wait(n / 2 & 1);
+    if (item.stop) return;
+    list_rows<Traits>(params.pattern, item, shared.rows[n % 2]);
+    named_barrier_sync(kLoaderBarrier, Traits::kLoaderThreads);
+
     shared.keys_empty.wait((n & 1) ^ 1);
     if (params.plan.log2_box >= kLog2SmallestBox && item.keys.whole()) {
       if (loader_thread() < 32) load_boxes<Traits>(params, k_map, v_map, item, shared);
@@ -211,8 +184,8 @@ __device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
     shared.v_full.arrive();
     __syncwarp();
     if (loader_thread() % 32 == 0) {
-      uint32_t& loads = shared.loads[loader_thread() / 32];
-      shared.item_empty[loads++ % 2].arrive();
+      shared.loads[loader_thread() / 32] = n + 1;
+      shared.item_empty[n % 2].arrive();
     }
     __syncwarp();
   }
