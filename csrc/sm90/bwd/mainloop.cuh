@@ -93,18 +93,14 @@ class BwdMathWarpgroup {
       for (int left = own.hi - own.lo - 1; left >= 0; --left) {
         step(dk, dv, s, ds, n, left > 0);
       }
-      // The last dK, still in flight, reads Q alone.
-      if (own.hi == item.steps) release(shared_.keys_empty);
       wgmma_wait<0>();
       pin(dk);
       pin(dv);
     } else {
       shared_.v_full.wait(n & 1);
     }
-    if (own.hi < item.steps || own.lo == own.hi) {
-      for (unseen = item.steps - own.hi; unseen > 0; --unseen) pass();
-      release(shared_.keys_empty);
-    }
+    for (unseen = item.steps - own.hi; unseen > 0; --unseen) pass();
+    release(shared_.keys_empty);
     store_gradients<Traits>(params_, shared_.items[n % 2], shared_.rows[n % 2], warpgroup_,
                             key_row(), dk, dv);
   }
