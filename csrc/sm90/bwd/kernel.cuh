@@ -37,11 +37,12 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     shared.keys_empty.init(Traits::kMathWarps);
     for (int stage = 0; stage < Traits::kQStages; ++stage) {
       shared.q_full[stage].init(1);
-      shared.q_empty[stage].init(Traits::kMathWarps);
+      // Every thread arrives: each has read the step.
+      shared.q_empty[stage].init(Traits::kMathWarps * 32);
     }
     for (int stage = 0; stage < Traits::kDoutStages; ++stage) {
       shared.dout_full[stage].init(1);
-      // Every thread arrives that reads LSE and delta.
+      // Each has read LSE and delta.
       shared.dout_empty[stage].init(Traits::kMathWarps * 32);
     }
     shared.ds_full.init(Traits::kMathWarps);

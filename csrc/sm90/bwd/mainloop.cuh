@@ -133,7 +133,7 @@ class BwdMathWarpgroup {
     if constexpr (!kTwoTiles) mask<0, kBesideDk>(s, n, shared_.steps[q_stage]);
     wgmma_wait<kTwoTiles ? 1 : 0>();
     keep(ds);
-    if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    if (step_ > 0) shared_.q_empty[(step_ - 1) % Traits::kQStages].arrive();
     if constexpr (!kTwoTiles) {
       issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
       read_stats<kChunks / 2, kChunks>(lse, lse_of_rows);
@@ -197,7 +197,7 @@ class BwdMathWarpgroup {
     // Not before they are there: the arrivals below are of this round.
     shared_.q_full[step_ % Traits::kQStages].wait(step_ / Traits::kQStages & 1);
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
-    if (step_ > 0) release(shared_.q_empty[(step_ - 1) % Traits::kQStages]);
+    if (step_ > 0) shared_.q_empty[(step_ - 1) % Traits::kQStages].arrive();
     shared_.dout_empty[stage].arrive();
     if constexpr (Traits::kAddsDq) {
       const uint32_t zeros[kScores / 2] = {};
