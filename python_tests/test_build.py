@@ -264,3 +264,16 @@ def test_hopper_deterministic_dq_overlaps_arithmetic_with_matrix_products() -> N
         assert [part.count("HGMMA") for part in waits[::2]] == [transposed, transposed, transposed, 4, 0, 0]
         assert waits[4].count("MUFU.EX2") == 32  # beside dP
         assert waits[6].count("F2FP") == 16  # dS, beside the next scores
+
+
+@needs_extension
+def test_hopper_decode_copies_in_bulk_and_merges_in_clusters() -> None:
+    """Chunks come as boxes, no local memory; parts go to other blocks without a fence of the whole GPU before them."""
+    kernels = [text for text in hopper_kernels("decode_kernel") if "CacheMaps" in name_of(text)]
+    assert len(kernels) == 14  # two types, four head_dims, 8 or 16 rows up to head_dim 128
+    for text in kernels:
+        assert not re.search(r"\b(LDL|STL)", text), name_of(text)
+        assert "UTMALDG" in text
+        assert "STAS" in text
+        # Nothing that other kernels wrote is read through the level-1 cache before they have ended.
+        assert "LDG.E.CONSTANT" not in text

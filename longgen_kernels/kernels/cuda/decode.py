@@ -134,7 +134,8 @@ def _splits(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) 
 def _is_scattered(cache: CacheTensors) -> bool:
     """Whether strided blocks of less than a granule lie where their positions say, each in a place of its own."""
     pattern = cache.layout.pattern
-    return cache.layout.ring is None and pattern.stride is not None and pattern.block_size < GRANULE
+    small = pattern.block_size is not None and pattern.block_size < GRANULE
+    return cache.layout.ring is None and pattern.stride is not None and small
 
 
 @lru_cache

@@ -1,0 +1,127 @@
+"""The ways in which the CUDA decode kernel reads a cache and merges what it found: all give the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cache_model import PATTERNS, assert_close, new_tokens
+from test_kv_cache import model_and_cache, prefill, step
+
+from longgen_kernels import SparseKVCache, longgen_attn_with_kvcache
+from longgen_kernels.cache_layout import CacheLayout
+from longgen_kernels.kernels.cache_problem import CacheTensors
+from longgen_kernels.kernels.cuda import decode
+
+WAYS: dict[str, tuple[bool, int, bool]] = {  # through shared memory, splits, as a cluster
+    "one split": (True, 1, False),
+    "a cluster of two": (True, 2, True),
+    "a cluster of three": (True, 3, True),
+    "a cluster of eight": (True, 8, True),
+    "through memory": (True, 5, False),
+    "through memory, more splits than are read at once": (True, 37, False),
+    "to registers": (False, 1, False),
+    "to registers, through memory": (False, 6, False),
+}
+ways = pytest.mark.parametrize("way", WAYS)
+
+
+def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    bulk, splits, clustered = WAYS[way]
+    if bulk and not decode._runs_hopper_code(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("Hopper's own kernel")
+    if not bulk:
+        monkeypatch.setattr(decode, "_runs_hopper_code", lambda _: False)
+    monkeypatch.setattr(decode, "_splits", lambda *_: (splits, clustered))
+
+
+@pytest.mark.gpu
+@ways
+@pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
+def test_every_way(way: str, kind: str, poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [0, 1, 15, 16, 17, 63, 129, 370]
+    model, cache = model_and_cache(PATTERNS[kind], "cuda", poison, batch=len(lengths))
+    take(way, monkeypatch)
+    prefill(model, cache, lengths, "cuda")
+    for n in (1, 1, 2, 9, 16):
+        step(model, cache, n, "cuda")
+    assert cache.seqlens.tolist() == model.lengths
+
+
+@pytest.mark.gpu
+@ways
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 4, 13])
+def test_head_dims_and_groups(
+    way: str, head_dim: int, group: int, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pattern = PATTERNS["sink and window"]
+    model, _ = model_and_cache(pattern, "cuda", poison)
+    model.head_dim = head_dim
+    model.reset()
+    cache = SparseKVCache(pattern, 2, 2, head_dim, max_seqlen=400, dtype=model.dtype, device="cuda")
+    poison(cache.k)
+    poison(cache.v)
+    take(way, monkeypatch)
+    prefill(model, cache, [90, 7], "cuda")
+    for n in (1, 3):
+        q, k, v = new_tokens(model, n, group * model.kv_heads)
+        starts = model.lengths
+        model.append(k, v)
+        got = longgen_attn_with_kvcache(q, cache, k, v, return_lse=True, backend="cuda")
+        assert_close(got, model.attend(q, starts))
+
+
+@pytest.mark.gpu
+@ways
+@pytest.mark.parametrize("n", [1, 3])
+def test_steps_of_one_cache_in_a_graph(way: str, n: int, poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launch may start before the one ahead has made the cache longer: it must not keep what it saw then."""
+    model, cache = model_and_cache(PATTERNS["strided blocks with per-head phases"], "cuda", poison)
+    take(way, monkeypatch)
+    prefill(model, cache, [60, 9], "cuda")
+    inputs = [new_tokens(model, n, 4) for _ in range(12)]
+    before = cache.seqlens.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        longgen_attn_with_kvcache(*inputs[0][:1], cache, backend="cuda")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [longgen_attn_with_kvcache(q, cache, k, v, return_lse=True, backend="cuda") for q, k, v in inputs]
+    cache.seqlens.copy_(before)
+    graph.replay()
+    for (q, k, v), result in zip(inputs, got, strict=True):
+        starts = model.lengths
+        model.append(k, v)
+        assert_close(result, model.attend(q, starts))
+    assert cache.seqlens.tolist() == model.lengths
+
+
+def cache_of(kv_heads: int, slots: int, head_dim: int = 128) -> CacheTensors:
+    k = torch.empty(1, kv_heads, slots, head_dim, dtype=torch.bfloat16, device="meta")
+    layout = CacheLayout.compact(PATTERNS["causal"])
+    return CacheTensors(k, k, torch.zeros(1, dtype=torch.int32, device="meta"), layout)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "slots", "want"),
+    [
+        (8, 2064, (8, True)),
+        (32, 2064, (2, True)),
+        (16, 2064, (4, True)),
+        (1, 2064, (8, True)),
+        (32, 9232, (4, False)),
+        (8, 131072, (16, False)),
+        (256, 2064, (1, False)),
+        (64, 64, (1, False)),
+    ],
+)
+def test_short_caches_are_split_into_clusters(kv_heads: int, slots: int, want: tuple[int, bool]) -> None:
+    """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all."""
+    assert decode._splits(cache_of(kv_heads, slots), kv_heads, 132, True) == want
+    splits, clustered = decode._splits(cache_of(kv_heads, slots), kv_heads, 132, False)
+    assert not clustered
+    assert splits * kv_heads <= max(132, kv_heads) * 2
