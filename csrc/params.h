@@ -161,7 +161,7 @@ struct CacheParams {
   int32_t ring;        // slots of the ring, a multiple of 16; -1: each token's slot is its position
   int32_t sink_slots;  // the sink rounded up to 16; 2^30 where everything is kept
   int32_t batch, kv_heads, head_dim;
-  int32_t slots;             // that one sequence can have
+  int32_t slots;  // that one sequence can have
   // Width of the block table, log2 of the page size, pages that there are.
   int32_t pages, log2_page, pool_pages;
   DType dtype;
