@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench import pictures
 from longgen_kernels import AttentionPattern, SparseKVCache
@@ -36,7 +37,7 @@ class Table:
     corner: str
     """The heading of the first column."""
     quantity: str
-    """What the figures are, for a picture's axis."""
+    """What the figures are, for a picture's axis; no picture of a table of several quantities."""
     columns: Mapping[str, str]
     """Peers by their headings."""
     rows: Mapping[str, str]
@@ -126,20 +127,52 @@ TABLES = (
         corner="keys kept, KV heads",
         quantity="microseconds a layer",
         columns={"CUDA": "cuda", "with append": "cuda_append", "cuDNN": "cudnn", "FlashAttention-2": "fa2_sdpa"},
-        rows={"2048, 32": "mha_2048", "2048, 8": "gqa_2048", "9216, 32": "mha_9216"},
+        rows={
+            "2048, 32": "mha_2048",
+            "2048, 8": "gqa_2048",
+            "9216, 32": "mha_9216",
+            "131072, 8": "gqa_128K",
+            "9216, 32, batch 8": "mha_9216_batch_8",
+        },
         passes=("step",),
+        digits=1,
+    ),
+    Table(
+        name="model",
+        page="README.md",
+        file="h200-end-to-end.json",
+        corner="Llama-2-7B, 128K tokens",
+        quantity="",
+        columns={"hybrid": "hybrid", "dense, cuDNN": "dense"},
+        rows={"reading the prompt, s": "prefill", "a token behind it, ms": "decode", "KV cache, GiB": "cache"},
+        passes=("model",),
         digits=1,
     ),
 )
 
 
 def figures_of(path: Path) -> Figures:
-    """TFLOP/s of the passes in a file of `bench.run`, microseconds of the steps in one of `bench.decode`."""
+    """What tables show of a file: of `bench.run` TFLOP/s of the passes, of `bench.decode` microseconds of the steps."""
     data = json.loads(path.read_text())
+    if "transformers" in data:
+        return figures_of_models(data["records"])
     if "read_bandwidth" in data:
         timed = [record for record in data["records"] if record["status"] == "ok"]
         return {(record["case"], record["peer"], "step"): record["median_us"] for record in timed}
     return {record.identity: record.tflops for record in load(path).records if record.tflops is not None}
+
+
+def figures_of_models(records: Sequence[Mapping[str, Any]]) -> Figures:
+    """Seconds of a prompt, milliseconds of a token by CUDA graph, GiB of the cache by the allocator."""
+    figures: dict[tuple[str, str, str], float] = {}
+    for record in records:
+        peer = record["peer"]
+        if record["part"] == "prefill":
+            figures["prefill", peer, "model"] = record["median_s"]
+            figures["cache", peer, "model"] = record["kv_allocated_bytes"] / (1 << 30)
+        elif record["part"] == "decode":
+            figures["decode", peer, "model"] = record["median_graph_ms"]
+    return figures
 
 
 def slots_table() -> str:
@@ -180,7 +213,7 @@ def filled_in(page: str, text: str, written: Mapping[str, str]) -> str:
 def drawings() -> list[pictures.Picture]:
     """Every picture, drawn from the same figures."""
     drawn = [pictures.of_patterns()]
-    for table in TABLES:
+    for table in (table for table in TABLES if table.quantity):
         figures = figures_of(RESULTS / table.file)
         drawn.append(pictures.of_bars(table.name, table.quantity, table.panels(figures), table.markdown(figures)))
     return drawn
