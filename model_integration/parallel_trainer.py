@@ -44,6 +44,37 @@ def shard_model(model: LongGenForCausalLM, mesh: DeviceMesh, *, compute_in_bf16:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def sharded_loss(
+    model: LongGenForCausalLM,
+    group: dist.ProcessGroup,
+    ids: Tensor,
+    targets: Tensor,
+    divisor: Tensor | int,
+    exchange: str = "auto",
+) -> Tensor:
+    """The summed loss of this process's tokens over `divisor`, collectively over the processes that share sequences.
+
+    Args:
+        group: the processes that share the sequences.
+        ids: int64 (rows, tokens), whole sequences, the same on each of them.
+        targets: int64 (rows, tokens), shifted: each token's next; IGNORED where it does not count.
+        exchange: what attention exchanges, of `context_parallel.EXCHANGES`.
+    """
+    shard = SequenceShard.of(group, *ids.shape, exchange=exchange)
+    sharded = {"sequence_shard": shard} if shard.sharding.ranks > 1 else {}
+    local = shard.local(targets)
+    output = model(
+        input_ids=shard.local(ids),
+        labels=local,
+        shift_labels=local,
+        num_items_in_batch=divisor,
+        use_cache=False,
+        **sharded,
+    )
+    loss: Tensor = output.loss
+    return loss
+
+
 @lru_cache(maxsize=2)
 def _epoch_order(sequences: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(sequences)
@@ -177,20 +208,7 @@ class ParallelTrainer:
         return ids, targets
 
     def _loss(self, ids: Tensor, targets: Tensor, divisor: Tensor | int) -> Tensor:
-        """The summed loss of this process's tokens over `divisor`."""
-        shard = SequenceShard.of(self.sequence_group, *ids.shape, exchange=self.args.exchange)
-        sharded = {"sequence_shard": shard} if shard.sharding.ranks > 1 else {}
-        local = shard.local(targets)
-        output = self.model(
-            input_ids=shard.local(ids),
-            labels=local,
-            shift_labels=local,
-            num_items_in_batch=divisor,
-            use_cache=False,
-            **sharded,
-        )
-        loss: Tensor = output.loss
-        return loss
+        return sharded_loss(self.model, self.sequence_group, ids, targets, divisor, self.args.exchange)
 
     def _log(self, bar: ProgressBar, logs: dict[str, float]) -> None:
         self.progress.log_history.append({**logs, "step": self.progress.global_step})

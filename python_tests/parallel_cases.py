@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,6 +179,15 @@ def continued_run(directory: Path) -> tuple[dict[str, tuple[float, float]], int]
 def refused_run(directory: Path) -> int:
     """Exit status of a training that is to be resumed with other settings."""
     return train(directory, ["--resume", "--weight-decay", "0.5"])
+
+
+def bench_run(directory: Path) -> int:
+    """bench.several_gpus on the CPU; one file for all numbers of processes."""
+    next_rendezvous()
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `bench` is not installed
+    from bench import several_gpus
+
+    return several_gpus.main(["--quick", "--repeats", "1", "--out", str(directory.parent / "several.json")])
 
 
 # -- processes --------------------------------------------------------------------------------------------------------
