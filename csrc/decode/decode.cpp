@@ -1,4 +1,5 @@
-// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel.
+// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel,
+// and found by the linker.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -15,15 +16,6 @@ namespace sm90 {
 template <typename T, int kHeadDim>
 void launch_decode(const DecodeParams& params);
 
-extern template void launch_decode<__half, 64>(const DecodeParams&);
-extern template void launch_decode<__half, 96>(const DecodeParams&);
-extern template void launch_decode<__half, 128>(const DecodeParams&);
-extern template void launch_decode<__half, 256>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 64>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 96>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 128>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 256>(const DecodeParams&);
-
 }  // namespace sm90
 #endif
 
@@ -31,15 +23,6 @@ namespace decode {
 
 template <typename T, int kHeadDim>
 void launch_decode(const DecodeParams& params);
-
-extern template void launch_decode<__half, 64>(const DecodeParams&);
-extern template void launch_decode<__half, 96>(const DecodeParams&);
-extern template void launch_decode<__half, 128>(const DecodeParams&);
-extern template void launch_decode<__half, 256>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 64>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 96>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 128>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 256>(const DecodeParams&);
 
 template <typename T, int kHeadDim>
 void launch_on(const DecodeParams& params) {
@@ -78,6 +61,9 @@ void attn_decode(const DecodeParams& given) {
   DecodeParams params = given;
   params.group = params.q_heads / params.cache.kv_heads;
   params.group_reciprocal = (65536 + params.group - 1) / params.group;
+  const int rows = params.n * params.group;
+  const int rows_per_tile = decode_rows_per_tile(rows, params.cache.head_dim);
+  params.row_tiles = (rows + rows_per_tile - 1) / rows_per_tile;
   params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
   switch (params.cache.dtype) {
     case DType::kFloat16:

@@ -8,16 +8,13 @@
 namespace longgen::decode {
 
 template <typename Traits>
-void launch(DecodeParams params) {
+void launch(const DecodeParams& params) {
   const auto kernel = decode_kernel<Traits>;
-  const int rows = params.n * params.group;
-  params.row_tiles = (rows + Traits::kRows - 1) / Traits::kRows;
   // At each launch: the attribute belongs to a device, and which one is current may change.
   LONGGEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           Traits::kSharedBytes));
   cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(params.splits, params.cache.kv_heads * params.row_tiles, params.cache.batch);
+  config.gridDim = grid_of(params);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
   config.stream = params.stream;

@@ -21,7 +21,12 @@ struct Tile {
   }
 };
 
-// That of this thread block, in a grid of splits, KV heads times row tiles, sequences.
+// Splits, KV heads times row tiles, sequences.
+inline dim3 grid_of(const DecodeParams& params) {
+  return dim3(params.splits, params.cache.kv_heads * params.row_tiles, params.cache.batch);
+}
+
+// That of this thread block in the grid.
 template <int kRows>
 __device__ __forceinline__ Tile tile_of_block(const DecodeParams& params) {
   const int sequence = blockIdx.z;

@@ -1,4 +1,5 @@
-// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel.
+// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel,
+// and found by the linker.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -13,11 +14,6 @@ namespace sm90 {
 
 template <typename T, int kHeadDim>
 void launch_attn_bwd(AttentionBwdParams params);
-
-extern template void launch_attn_bwd<__half, 64>(AttentionBwdParams);
-extern template void launch_attn_bwd<__half, 128>(AttentionBwdParams);
-extern template void launch_attn_bwd<__nv_bfloat16, 64>(AttentionBwdParams);
-extern template void launch_attn_bwd<__nv_bfloat16, 128>(AttentionBwdParams);
 
 void check_head_dim(const AttentionBwdParams& params) {
   if (params.head_dim != 64 && params.head_dim != 128)

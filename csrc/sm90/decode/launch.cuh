@@ -21,10 +21,8 @@ inline CUtensorMap cache_map(const CacheParams& cache, const void* data) {
 }
 
 template <typename Traits>
-void launch(DecodeParams params) {
+void launch(const DecodeParams& params) {
   const auto kernel = decode_kernel<Traits>;
-  const int rows = params.n * params.group;
-  params.row_tiles = (rows + Traits::kRows - 1) / Traits::kRows;
   // At each launch: the attribute belongs to a device, and which one is current may change.
   // Before the tensor maps: see tensor_map.
   LONGGEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -38,8 +36,7 @@ void launch(DecodeParams params) {
   attributes[1].val.clusterDim.x = params.splits;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(params.splits, params.cache.kv_heads * params.row_tiles, params.cache.batch);
+  config.gridDim = decode::grid_of(params);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
   config.stream = params.stream;

@@ -1,4 +1,5 @@
-// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel.
+// Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel,
+// and found by the linker.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -12,11 +13,6 @@ namespace sm90 {
 
 template <typename T, int kHeadDim>
 void launch_attn_fwd(AttentionFwdParams params);
-
-extern template void launch_attn_fwd<__half, 64>(AttentionFwdParams);
-extern template void launch_attn_fwd<__half, 128>(AttentionFwdParams);
-extern template void launch_attn_fwd<__nv_bfloat16, 64>(AttentionFwdParams);
-extern template void launch_attn_fwd<__nv_bfloat16, 128>(AttentionFwdParams);
 
 template <typename T>
 void launch(const AttentionFwdParams& params) {

@@ -83,7 +83,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     row_tiles = -(-n * problem.group // rows)
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
-    bulk = hopper and cache.slots > 0 and not _is_scattered(cache)
+    bulk = hopper and cache.k.numel() > 0 and not _is_scattered(cache)
     splits, clustered = _splits(cache, blocks, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     if splits > 1 and not clustered:
@@ -140,7 +140,7 @@ def _is_scattered(cache: CacheTensors) -> bool:
 
 @lru_cache
 def _runs_hopper_code(device: torch.device) -> bool:
-    """Dependent launches need code for Hopper itself: later GPUs run the kernels' PTX, which is for sm_80."""
+    """Dependent launches and bulk copies need code for Hopper itself: later GPUs run the kernels' PTX, for sm_80."""
     from longgen_kernels import _C
 
     return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _C.build_info()["cuda_archs"].split(",")
