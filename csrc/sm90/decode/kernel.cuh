@@ -31,8 +31,9 @@ __device__ __forceinline__ Lengths read_lengths(const DecodeParams& params, int 
 // of them, the last ones fewer or none. No division: what a call does once it does slowly.
 struct Slices {
   int pairs, log2;
-  __device__ Slices(int pairs, int blocks)
-      : pairs(pairs), log2(max(32 - __clz(pairs - 1) - (31 - __clz(blocks)), 0)) {}
+  static __device__ __forceinline__ Slices of(int pairs, int blocks) {
+    return {pairs, max(32 - __clz(pairs - 1) - (31 - __clz(blocks)), 0)};
+  }
   __device__ int first(int rank) const { return rank << log2; }
   __device__ int size(int rank) const { return max(min(1 << log2, pairs - first(rank)), 0); }
 };
@@ -42,7 +43,7 @@ struct Slices {
 template <typename Traits>
 __device__ __forceinline__ void expect_parts(const decode::Tile& tile, int split, int splits,
                                              typename Traits::Shared& shared) {
-  const Slices slices(tile.rows * Traits::kHeadDim / 2, splits);
+  const Slices slices = Slices::of(tile.rows * Traits::kHeadDim / 2, splits);
   shared.merged.init(1);
   fence_barrier_init();
   shared.merged.arrive_and_expect(splits * (slices.size(split) + tile.rows) * sizeof(float2));
@@ -57,7 +58,7 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
                                                       OfWarp found) {
   constexpr int kPairs = Traits::kHeadDim / 2;
   const int splits = params.splits;
-  const Slices slices(tile.rows * kPairs, splits);
+  const Slices slices = Slices::of(tile.rows * kPairs, splits);
   cluster_wait();
   decode::for_pairs<Traits::kHeadDim>(
       tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
