@@ -30,7 +30,9 @@ inline dim3 grid_of(const DecodeParams& params) {
 template <int kRows>
 __device__ __forceinline__ Tile tile_of_block(const DecodeParams& params) {
   const int sequence = blockIdx.z;
-  const int kv_head = blockIdx.y / params.row_tiles, row_tile = blockIdx.y % params.row_tiles;
+  // Most often one: to look takes less time than a division.
+  const int kv_head = params.row_tiles == 1 ? blockIdx.y : blockIdx.y / params.row_tiles;
+  const int row_tile = blockIdx.y - kv_head * params.row_tiles;
   const int first_row = row_tile * kRows;
   return {sequence, kv_head, first_row, min(params.n * params.group - first_row, kRows),
           (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};

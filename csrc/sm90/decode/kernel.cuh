@@ -27,11 +27,15 @@ __device__ __forceinline__ Lengths read_lengths(const DecodeParams& params, int 
   return {old, old + decode::new_tokens(params.new_tokens, sequence)};
 }
 
-// How the blocks of a cluster share out the pairs of elements that they merge: each a run of them.
+// How the blocks of a cluster share out the pairs of elements that they merge: each a run of 2^log2
+// of them, the last ones fewer or none. No division: what a call does once it does slowly.
 struct Slices {
-  int pairs, each;
-  __device__ Slices(int pairs, int blocks) : pairs(pairs), each((pairs + blocks - 1) / blocks) {}
-  __device__ int size(int rank) const { return max(min(each, pairs - rank * each), 0); }
+  int pairs, log2;
+  static __device__ __forceinline__ Slices of(int pairs, int blocks) {
+    return {pairs, max(32 - __clz(pairs - 1) - (31 - __clz(blocks)), 0)};
+  }
+  __device__ int first(int rank) const { return rank << log2; }
+  __device__ int size(int rank) const { return max(min(1 << log2, pairs - first(rank)), 0); }
 };
 
 // Says how much the other blocks, and this one, will write here. Once, before the cluster's
@@ -39,7 +43,7 @@ struct Slices {
 template <typename Traits>
 __device__ __forceinline__ void expect_parts(const decode::Tile& tile, int split, int splits,
                                              typename Traits::Shared& shared) {
-  const Slices slices(tile.rows * Traits::kHeadDim / 2, splits);
+  const Slices slices = Slices::of(tile.rows * Traits::kHeadDim / 2, splits);
   shared.merged.init(1);
   fence_barrier_init();
   shared.merged.arrive_and_expect(splits * (slices.size(split) + tile.rows) * sizeof(float2));
@@ -54,15 +58,15 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
                                                       OfWarp found) {
   constexpr int kPairs = Traits::kHeadDim / 2;
   const int splits = params.splits;
-  const Slices slices(tile.rows * kPairs, splits);
+  const Slices slices = Slices::of(tile.rows * kPairs, splits);
   cluster_wait();
   decode::for_pairs<Traits::kHeadDim>(
       tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
         const decode::Part part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
           return decode::part_of(found(w), row, column, params.scale_log2);
         });
-        const int i = row * kPairs + column / 2, owner = i / slices.each;
-        store_remote(shared.part_out + split * slices.each + i - owner * slices.each, shared.merged,
+        const int i = row * kPairs + column / 2, owner = i >> slices.log2;
+        store_remote(shared.part_out + slices.first(split) + i - slices.first(owner), shared.merged,
                      owner, part.out);
         if (column != 0) return;
 #pragma unroll 1
@@ -73,10 +77,10 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
   shared.merged.wait(0);
 #pragma unroll 1
   for (int i = threadIdx.x; i < slices.size(split); i += Traits::kThreads) {
-    const int pair = split * slices.each + i, row = pair / kPairs, column = pair % kPairs * 2;
+    const int pair = slices.first(split) + i, row = pair / kPairs, column = pair % kPairs * 2;
     const decode::Part all = decode::merge<Traits::kMaxCluster>(splits, [&](int block) {
       const float2 weights = shared.part_weights[block][row];
-      return decode::Part{weights.x, weights.y, shared.part_out[block * slices.each + i]};
+      return decode::Part{weights.x, weights.y, shared.part_out[slices.first(block) + i]};
     });
     decode::store_result<typename Traits::T>(params, tile, row, column, all);
   }

@@ -43,7 +43,8 @@ struct DecodeTraits {
   struct Shared {
     alignas(1024) char ring[kWarps][kStages][kStageBytes];  // in the end a warp's Found
     Inputs inputs;
-    float2 part_out[kRows * kHeadDim / 2 + kMaxCluster];  // (block, pair of this block's slice)
+    // (block, pair of this block's slice): less than twice all pairs, as slices are powers of 2.
+    float2 part_out[kRows * kBoxes * 64];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
     Mbarrier full[kWarps][kStages][2];  // of keys, of values
