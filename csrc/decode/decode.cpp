@@ -1,6 +1,7 @@
 // Picks the instantiation. Each is compiled in a file of its own, so that they compile in parallel.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <stdexcept>
 #include <string>
@@ -12,17 +13,21 @@ namespace longgen {
 #ifdef LONGGEN_SM90
 namespace sm90 {
 
-template <typename T, int kHeadDim>
+template <typename T, typename Cached, int kHeadDim>
 void launch_decode(const DecodeParams& params);
 
-extern template void launch_decode<__half, 64>(const DecodeParams&);
-extern template void launch_decode<__half, 96>(const DecodeParams&);
-extern template void launch_decode<__half, 128>(const DecodeParams&);
-extern template void launch_decode<__half, 256>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 64>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 96>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 128>(const DecodeParams&);
-extern template void launch_decode<__nv_bfloat16, 256>(const DecodeParams&);
+extern template void launch_decode<__half, __half, 64>(const DecodeParams&);
+extern template void launch_decode<__half, __nv_fp8_e4m3, 64>(const DecodeParams&);
+extern template void launch_decode<__half, __half, 96>(const DecodeParams&);
+extern template void launch_decode<__half, __half, 128>(const DecodeParams&);
+extern template void launch_decode<__half, __nv_fp8_e4m3, 128>(const DecodeParams&);
+extern template void launch_decode<__half, __half, 256>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, __nv_bfloat16, 64>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, __nv_fp8_e4m3, 64>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, __nv_bfloat16, 96>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, __nv_bfloat16, 128>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, __nv_fp8_e4m3, 128>(const DecodeParams&);
+extern template void launch_decode<__nv_bfloat16, __nv_bfloat16, 256>(const DecodeParams&);
 
 }  // namespace sm90
 #endif
@@ -43,9 +48,16 @@ extern template void launch_decode<__nv_bfloat16, 256>(const DecodeParams&);
 
 template <typename T, int kHeadDim>
 void launch_on(const DecodeParams& params) {
+  const bool fp8 = params.scales.k != nullptr;
 #ifdef LONGGEN_SM90
-  if (params.bulk) return sm90::launch_decode<T, kHeadDim>(params);
+  if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+    if (params.bulk && fp8) return sm90::launch_decode<T, __nv_fp8_e4m3, kHeadDim>(params);
+  }
+  if (params.bulk && !fp8) return sm90::launch_decode<T, T, kHeadDim>(params);
 #endif
+  // Where there are no slots, there are no bytes of either type.
+  if (fp8 && params.cache.slots > 0)
+    throw std::invalid_argument("fp8 caches are for Hopper's kernel, with head_dim 64 and 128");
   launch_decode<T, kHeadDim>(params);
 }
 
