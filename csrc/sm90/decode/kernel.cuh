@@ -131,6 +131,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     stream.start();
     if (now != lengths) stream.drop();
   } while (now != lengths);
+  const typename Traits::Factors factors(params, tile.kv_head);
   inputs.store(shared.inputs);
   __syncthreads();
   // Every thread has read the length. The last block of the sequence to come here replaces it, in
@@ -138,7 +139,6 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
     ticket = decode::take_ticket(params.tickets + tile.sequence, gridDim.x * gridDim.y);
-  const typename Traits::Factors factors(params, tile.kv_head);
   decode::WarpRows<Traits> rows(params, tile, factors,
                                 decode::uniform(lengths.old) + params.q_offset);
   stream.run(lengths.old, rows);
