@@ -84,7 +84,7 @@ CASES = {
 QUICK = DecodeCase("quick", _A.sink_window(4, 60), q_heads=2, kv_heads=1, head_dim=16, seen=500, dtype=torch.float32)
 
 
-def ours(backend: str, append: bool) -> Callable[[DecodeCase, torch.device], list[Step]]:
+def ours(backend: str, append: bool, fp8: bool = False) -> Callable[[DecodeCase, torch.device], list[Step]]:
     """The package's public function on a `SparseKVCache`; with `append` each step's token is added too."""
 
     def layers(case: DecodeCase, device: torch.device) -> list[Step]:
@@ -92,9 +92,18 @@ def ours(backend: str, append: bool) -> Callable[[DecodeCase, torch.device], lis
 
     def layer(case: DecodeCase, device: torch.device, check: bool) -> Step:
         sizes = (case.batch, case.kv_heads, case.head_dim, case.seen + SPARE)
-        cache = SparseKVCache(case.pattern, *sizes, dtype=case.dtype, device=device)
+        scales = torch.full((case.kv_heads,), 1 / 16) if fp8 else None
+        cache = SparseKVCache(
+            case.pattern,
+            *sizes,
+            dtype=case.dtype,
+            cache_dtype=torch.float8_e4m3fn if fp8 else None,
+            k_scale=scales,
+            v_scale=scales,
+            device=device,
+        )
         for x in (cache.k, cache.v):
-            x.normal_()
+            x.copy_(torch.randn(x.shape, device=device) * (16 if fp8 else 1))
         cache.seqlens.fill_(case.seen)
         cache.advanced(case.seen)
         q, k, v = (_normal(case, device, 1, heads) for heads in (case.q_heads, case.kv_heads, case.kv_heads))
@@ -142,6 +151,9 @@ PEERS: dict[str, Callable[[DecodeCase, torch.device], list[Step]]] = {
     "cuda_append": ours("cuda", append=True),
     "triton": ours("triton", append=False),
     "triton_append": ours("triton", append=True),
+    "cuda_fp8": ours("cuda", append=False, fp8=True),
+    "cuda_fp8_append": ours("cuda", append=True, fp8=True),
+    "triton_fp8": ours("triton", append=False, fp8=True),
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "fa2_sdpa": sdpa(SDPBackend.FLASH_ATTENTION),
     "fa3": fa3,
@@ -166,7 +178,8 @@ def read_bandwidth(device: torch.device, effort: Effort) -> float:
 
 def time_case(case: DecodeCase, name: str, device: torch.device, effort: Effort) -> dict[str, Any]:
     """One peer on one case: microseconds a layer and bytes a second, or the reason why there are none."""
-    record: dict[str, Any] = {"case": case.name, "peer": name, "kept": case.kept, "bytes": case.nbytes}
+    nbytes = case.nbytes // case.dtype.itemsize if "fp8" in name else case.nbytes
+    record: dict[str, Any] = {"case": case.name, "peer": name, "kept": case.kept, "bytes": nbytes}
     record["layers"] = case.layers
     try:
         steps = PEERS[name](case, device)
@@ -180,7 +193,7 @@ def time_case(case: DecodeCase, name: str, device: torch.device, effort: Effort)
         return record | {"status": "error", "reason": one_line(error)}
     to_us = 1e3 / case.layers
     times = {f"{q}_us": getattr(timing, f"{q}_ms") * to_us for q in ("median", "q1", "q3", "min")}
-    return record | {"status": "ok", **times, "tbps": case.nbytes / times["median_us"] * 1e-6}
+    return record | {"status": "ok", **times, "tbps": nbytes / times["median_us"] * 1e-6}
 
 
 def _normal(case: DecodeCase, device: torch.device, tokens: int, heads: int) -> Tensor:

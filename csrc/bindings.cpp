@@ -102,6 +102,10 @@ CacheParams cache_params(const std::array<int32_t, 9>& pattern, int ring, int si
   return cache;
 }
 
+CacheScales cache_scales(Address k, Address v) {
+  return {reinterpret_cast<const float*>(k), reinterpret_cast<const float*>(v)};
+}
+
 NewTokensParams new_tokens_params(Address k, Address v, const Strides& strides, int n,
                                   Address counts, bool advance) {
   return {reinterpret_cast<const void*>(k),
@@ -278,12 +282,14 @@ PYBIND11_MODULE(_C, m) {
       [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
          int head_dim, int slots, int pages, int log2_page, int pool_pages,
          const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
-         Address seqlens, Address block_table, Address k, Address v, const Strides& new_strides,
-         int n_new, Address counts, bool advance, Address tickets, Address stream) {
+         Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
+         Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
+         Address tickets, Address stream) {
         CacheAppendParams params{};
         params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
                                     pages, log2_page, pool_pages, dtype, k_cache, v_cache,
                                     cache_strides, seqlens, block_table);
+        params.scales = cache_scales(k_scale, v_scale);
         params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
         params.tickets = reinterpret_cast<uint32_t*>(tickets);
         params.stream = as_stream(stream);
@@ -292,23 +298,24 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
       "slots"_a, "pages"_a, "log2_page"_a, "pool_pages"_a, "dtype"_a, "k_cache"_a, "v_cache"_a,
-      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a,
-      "counts"_a, "advance"_a, "tickets"_a, "stream"_a);
+      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k_scale"_a, "v_scale"_a, "k"_a, "v"_a,
+      "new_strides"_a, "n_new"_a, "counts"_a, "advance"_a, "tickets"_a, "stream"_a);
 
   m.def(
       "attn_decode",
       [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
          int head_dim, int slots, int pages, int log2_page, int pool_pages,
          const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
-         Address seqlens, Address block_table, Address k, Address v, const Strides& new_strides,
-         int n_new, Address counts, bool advance, Address tickets, int n, int q_heads, int q_offset,
-         float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
-         int splits, bool starts_early, bool bulk, bool clustered, Address part_out,
-         Address part_weights, Address stream) {
+         Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
+         Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
+         Address tickets, int n, int q_heads, int q_offset, float softmax_scale, Address q,
+         const Strides& q_strides, Address out, Address lse, int splits, bool starts_early,
+         bool bulk, bool clustered, Address part_out, Address part_weights, Address stream) {
         DecodeParams params{};
         params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
                                     pages, log2_page, pool_pages, dtype, k_cache, v_cache,
                                     cache_strides, seqlens, block_table);
+        params.scales = cache_scales(k_scale, v_scale);
         params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
         params.tickets = reinterpret_cast<uint32_t*>(tickets);
         params.n = n;
@@ -331,10 +338,10 @@ PYBIND11_MODULE(_C, m) {
       },
       py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
       "slots"_a, "pages"_a, "log2_page"_a, "pool_pages"_a, "dtype"_a, "k_cache"_a, "v_cache"_a,
-      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k"_a, "v"_a, "new_strides"_a, "n_new"_a,
-      "counts"_a, "advance"_a, "tickets"_a, "n"_a, "q_heads"_a, "q_offset"_a, "softmax_scale"_a,
-      "q"_a, "q_strides"_a, "out"_a, "lse"_a, "splits"_a, "starts_early"_a, "bulk"_a, "clustered"_a,
-      "part_out"_a, "part_weights"_a, "stream"_a);
+      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k_scale"_a, "v_scale"_a, "k"_a, "v"_a,
+      "new_strides"_a, "n_new"_a, "counts"_a, "advance"_a, "tickets"_a, "n"_a, "q_heads"_a,
+      "q_offset"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "out"_a, "lse"_a, "splits"_a,
+      "starts_early"_a, "bulk"_a, "clustered"_a, "part_out"_a, "part_weights"_a, "stream"_a);
 
   m.def(
       "merge_attn_states",

@@ -13,7 +13,7 @@
 
 namespace longgen {
 
-enum class DType { kFloat16, kBFloat16, kFloat32 };
+enum class DType { kFloat16, kBFloat16, kFloat32, kFloat8 };  // the last e4m3
 
 // Strides of the leading dimensions of a (batch, seqlen, heads, head_dim) tensor.
 struct OutStrides {
@@ -164,12 +164,18 @@ struct CacheParams {
   int32_t slots;  // that one sequence can have
   // Width of the block table, log2 of the page size, pages that there are.
   int32_t pages, log2_page, pool_pages;
-  DType dtype;
-  void* k;  // (batch, kv_heads, slots, head_dim) or pages, 16-byte aligned; likewise v
+  DType dtype;  // of queries and new tokens; and of k and v, which without CacheScales are the same
+  void* k;      // (batch, kv_heads, slots, head_dim) or pages, 16-byte aligned; likewise v
   void* v;
   CacheStrides strides;        // of both
   int32_t* seqlens;            // (batch,)
   const int32_t* block_table;  // (batch, pages), or nullptr: no pages
+};
+
+// What the bytes of an fp8 cache are multiplied by; nullptr, the cache is not one.
+struct CacheScales {
+  const float* k;  // (kv_heads,), likewise v
+  const float* v;
 };
 
 // Tokens that are appended.
@@ -187,6 +193,7 @@ struct CacheAppendParams {
   NewTokensParams new_tokens;
   uint32_t* tickets;  // (batch,), zeros before and after; or nullptr without `advance`
   cudaStream_t stream;
+  CacheScales scales;
 };
 
 struct DecodeParams {
@@ -214,6 +221,7 @@ struct DecodeParams {
   float scale_log2;
   int32_t group, row_tiles;
   uint32_t group_reciprocal;  // 2^16 / group, rounded up
+  CacheScales scales;
 };
 
 // Each enqueues its kernel on `stream` of the current device, allocates nothing, waits for nothing,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longgen_kernels import dispatch
 from longgen_kernels.cache_layout import MAX_QUERY_TOKENS, CacheLayout
+from longgen_kernels.cache_scales import FP8
 from longgen_kernels.kernels.cache_problem import (
     CacheProblem,
     CacheTensors,
@@ -187,6 +188,11 @@ def _tensors(
     for name, x in (("k_cache", cache[0]), ("v_cache", cache[1])):
         if not isinstance(x, Tensor) or x.ndim != 4:
             raise TypeError(f"{name} must be a tensor (batch or pages, slots, kv_heads, head_dim), got {_described(x)}")
+        if x.dtype == FP8:
+            raise NotImplementedError(
+                f"{name} is {x.dtype}, but a pair of tensors has no scales: make a SparseKVCache, or a PagePool, with "
+                "cache_dtype=torch.float8_e4m3fn"
+            )
     k, v = (x.transpose(1, 2) for x in cache)
     tensors = CacheTensors(k, v, cache_seqlens, CacheLayout(pattern), block_table)
     check_cache(tensors)
@@ -204,7 +210,7 @@ def _layout(cache: CacheTensors) -> tuple[Tensor | None, Tensor | None, list[int
 
 def _attend(q: Tensor, cache: CacheTensors, scale: float, q_offset: int, backend: str) -> tuple[Tensor, Tensor]:
     out, lse = torch.ops.longgen_kernels.kvcache_attn(
-        q, cache.k, cache.v, cache.seqlens, *_layout(cache), scale, q_offset, backend
+        q, cache.k, cache.v, cache.seqlens, *_layout(cache), scale, q_offset, backend, cache.k_scale, cache.v_scale
     )
     return out, lse
 
@@ -214,8 +220,9 @@ def _append_and_attend(
     backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out, lse = torch.ops.longgen_kernels.kvcache_append_attn(
-        q, cache.k, cache.v, cache.seqlens, *_layout(cache), k, v, counts, advance, scale, backend
-    )
+        q, cache.k, cache.v, cache.seqlens, *_layout(cache), k, v, counts, advance, scale, backend,
+        cache.k_scale, cache.v_scale,
+    )  # fmt: skip
     return out, lse
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from longgen_kernels import dispatch
 from longgen_kernels.cache_layout import CacheLayout
+from longgen_kernels.cache_scales import as_bytes, checked_scales
 from longgen_kernels.kernels.cache_problem import CacheTensors, check_new_tokens, tickets_needed
-from longgen_kernels.kernels.problem import DTYPES
 from longgen_kernels.ops import kvcache as _kvcache_ops  # defines torch.ops.longgen_kernels.kvcache_append
 from longgen_kernels.patterns import MAX_POSITION, AttentionPattern, pattern_from_dict
 
@@ -28,6 +28,11 @@ class KVCache(ABC):
     seqlens: Tensor
     """Tokens seen, int32 (batch,), on the device."""
     tickets: Tensor
+    dtype: torch.dtype
+    """Of queries, new tokens and output; `k` and `v` may be fp8, and then there are scales."""
+    k_scale: Tensor | None
+    """What the bytes of `k` are multiplied by, fp32 (kv_heads,); likewise `v_scale`."""
+    v_scale: Tensor | None
 
     @property
     def pattern(self) -> AttentionPattern:
@@ -68,7 +73,7 @@ class KVCache(ABC):
         """Appends n tokens to each sequence, of which the cache keeps what a later query can still see.
 
         Args:
-            k, v: (batch, n, kv_heads, head_dim) of the cache's dtype; any strides with a unit last one.
+            k, v: (batch, n, kv_heads, head_dim) of the cache's `dtype`; any strides with a unit last one.
             counts: int32 (batch,) on the device: only the first `counts[b]` rows are sequence `b`'s. None: all n.
             backend: "auto", "cuda", "triton" or "reference".
 
@@ -83,7 +88,7 @@ class KVCache(ABC):
         cache = self.tensors  # it may have grown
         torch.ops.longgen_kernels.kvcache_append(
             cache.k, cache.v, cache.seqlens, self.tickets, cache.block_table, self.pattern.encode(), self.layout.ring,
-            k, v, counts, True, backend,
+            k, v, counts, True, backend, cache.k_scale, cache.v_scale,
         )  # fmt: skip
         self.advanced(k.shape[1], None if counts is None else 0)
 
@@ -104,11 +109,15 @@ class SparseKVCache(KVCache):
         pattern: what later queries see; not a block mask, which may show any key again.
         batch, kv_heads, head_dim: sizes.
         max_seqlen: tokens of the longest sequence, seen, not kept.
-        dtype, device: of k and v.
+        dtype, device: of k and v, queries and output.
+        cache_dtype: torch.float8_e4m3fn keeps keys and values in half the bytes of 16 bits; by default as `dtype`.
+        k_scale, v_scale: with fp8, float32 (kv_heads,): a token is divided by its KV head's, and what is then beyond
+            +-448 saturates. The cache has copies, which do not change.
         grows: become as large as needed, at least twice as large at a time, instead of raising at `max_seqlen`. CUDA
             graphs captured before such a step would write to memory that is no longer the cache's.
 
-    Attributes: `k` and `v` (batch, kv_heads, slots, head_dim), `seqlens` int32 (batch,), `nbytes`, `slots`.
+    Attributes: `k` and `v` (batch, kv_heads, slots, head_dim), `seqlens` int32 (batch,), `nbytes`, `slots`, `dtype`,
+        `k_scale` and `v_scale` (None without fp8).
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -133,6 +142,9 @@ class SparseKVCache(KVCache):
         max_seqlen: int,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        cache_dtype: torch.dtype | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         device: torch.device | str | None = None,
         grows: bool = False,
     ) -> None:
@@ -146,13 +158,13 @@ class SparseKVCache(KVCache):
                 raise TypeError(f"{name} must be an int, got {type(size).__name__} {size!r}")
             if not 1 <= size <= MAX_POSITION:
                 raise ValueError(f"{name} must be in [1, {MAX_POSITION}], got {size}")
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        self.k_scale, self.v_scale = checked_scales(dtype, cache_dtype, kv_heads, k_scale, v_scale, device)
+        self.dtype = dtype
         self.layout = CacheLayout.compact(pattern, max_seqlen)
         self.max_seqlen = max_seqlen
         self.grows = grows
         shape = (batch, kv_heads, self.layout.slots(max_seqlen, kv_heads), head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.k, self.v = (torch.empty(shape, dtype=cache_dtype or dtype, device=device) for _ in range(2))
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.tickets = torch.zeros(tickets_needed(batch, kv_heads), dtype=torch.int32, device=device)
         self._longest = 0  # no sequence has more tokens
@@ -160,7 +172,9 @@ class SparseKVCache(KVCache):
 
     @property
     def tensors(self) -> CacheTensors:
-        return CacheTensors(self.k, self.v, self.seqlens, self.layout, tickets=self.tickets)
+        return CacheTensors(
+            self.k, self.v, self.seqlens, self.layout, None, self.tickets, self.k_scale, self.v_scale, self.dtype
+        )
 
     @property
     def slots(self) -> int:
@@ -244,7 +258,7 @@ class SparseKVCache(KVCache):
         if indices.shape != self.seqlens.shape:
             raise ValueError(f"indices must be ({self.batch},), got {tuple(indices.shape)}")
         for x in (self.k, self.v, self.seqlens):  # in place: CUDA graphs know the addresses
-            x.copy_(x.index_select(0, indices.to(x.device)))
+            as_bytes(x).copy_(as_bytes(x).index_select(0, indices.to(x.device)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the cache to a file, which `SparseKVCache.load` reads."""
@@ -261,6 +275,9 @@ class SparseKVCache(KVCache):
             "k": self.k,
             "v": self.v,
             "seqlens": self.seqlens,
+            "dtype": self.dtype,
+            "k_scale": self.k_scale,
+            "v_scale": self.v_scale,
         }
 
     @classmethod
@@ -275,7 +292,10 @@ class SparseKVCache(KVCache):
         assert isinstance(pattern, AttentionPattern)
         batch, kv_heads, _, head_dim = k.shape
         sizes = (batch, kv_heads, head_dim, state["max_seqlen"])
-        cache = cls(pattern, *sizes, dtype=k.dtype, device=k.device, grows=state["grows"])
+        # Files of before there were fp8 caches have neither dtype nor scales.
+        options = {"dtype": state.get("dtype", k.dtype), "cache_dtype": k.dtype}
+        options |= {name: state.get(name) for name in ("k_scale", "v_scale")}
+        cache = cls(pattern, *sizes, **options, device=k.device, grows=state["grows"])
         for own, saved in ((cache.k, k), (cache.v, state["v"]), (cache.seqlens, state["seqlens"])):
             own.copy_(saved)
         cache._longest, cache._cropped = state["longest"], state["cropped"]

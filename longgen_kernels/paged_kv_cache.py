@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from longgen_kernels.cache_layout import GRANULE, MAX_QUERY_TOKENS, CacheLayout
+from longgen_kernels.cache_scales import as_bytes, checked_scales
 from longgen_kernels.kernels.cache_problem import CacheTensors, tickets_needed
-from longgen_kernels.kernels.problem import DTYPES
 from longgen_kernels.kv_cache import KVCache
 from longgen_kernels.patterns import AttentionPattern
 
@@ -21,9 +22,11 @@ class PagePool:
     Args:
         pages, kv_heads, head_dim: sizes.
         page_size: tokens, a multiple of 16; the kernels take powers of two.
-        dtype, device: of k and v.
+        dtype, device: of k and v, queries and output.
+        cache_dtype, k_scale, v_scale: as in `SparseKVCache`; the scales are one for all caches that share the pool.
 
-    Attributes: `k` and `v` (pages, kv_heads, page_size, head_dim), `free` (the number of free pages).
+    Attributes: `k` and `v` (pages, kv_heads, page_size, head_dim), `free` (the number of free pages),
+        `dtype`, `k_scale` and `v_scale`.
 
     >>> PagePool(pages=8, page_size=16, kv_heads=2, head_dim=64, dtype=torch.float32).free
     8
@@ -37,6 +40,9 @@ class PagePool:
         head_dim: int,
         *,
         dtype: torch.dtype = torch.bfloat16,
+        cache_dtype: torch.dtype | None = None,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         sizes = {"pages": pages, "page_size": page_size, "kv_heads": kv_heads, "head_dim": head_dim}
@@ -47,10 +53,12 @@ class PagePool:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if page_size % GRANULE:
             raise ValueError(f"page_size must be a multiple of {GRANULE}, got {page_size}")
-        if dtype not in DTYPES:
-            raise TypeError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+        self.k_scale: Tensor | None
+        self.v_scale: Tensor | None
+        self.k_scale, self.v_scale = checked_scales(dtype, cache_dtype, kv_heads, k_scale, v_scale, device)
+        self.dtype = dtype
         shape = (pages, kv_heads, page_size, head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.k, self.v = (torch.empty(shape, dtype=cache_dtype or dtype, device=device) for _ in range(2))
         self._free = list(range(pages))[::-1]
 
     @property
@@ -112,7 +120,8 @@ class PagedKVCache(KVCache):
         self.pool = pool
         self.layout = CacheLayout.compact(pattern, max_seqlen, pool.page_size)
         self.max_seqlen = max_seqlen
-        self.k, self.v = pool.k, pool.v
+        self.k, self.v, self.dtype = pool.k, pool.v, pool.dtype
+        self.k_scale, self.v_scale = pool.k_scale, pool.v_scale
         device, kv_heads = pool.k.device, pool.k.shape[1]
         self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.tickets = torch.zeros(tickets_needed(batch, kv_heads), dtype=torch.int32, device=device)
@@ -126,7 +135,10 @@ class PagedKVCache(KVCache):
 
     @property
     def tensors(self) -> CacheTensors:
-        return CacheTensors(self.k, self.v, self.seqlens, self.layout, self.block_table, self.tickets)
+        return CacheTensors(
+            self.k, self.v, self.seqlens, self.layout, self.block_table, self.tickets, self.k_scale, self.v_scale,
+            self.dtype,
+        )  # fmt: skip
 
     @property
     def is_empty(self) -> bool:
@@ -236,7 +248,7 @@ class PagedKVCache(KVCache):
             entries = [e for e, page in enumerate(rows[b]) if page >= 0]
             old, new = [rows[b][e] for e in entries], self.pool.take(len(entries))
             for x in (self.k, self.v):
-                x[new] = x[old]
+                as_bytes(x)[new] = as_bytes(x)[old]
             for entry, page in zip(entries, new, strict=True):
                 rows[b][entry] = page
         self._table = rows

@@ -16,7 +16,7 @@ REASON = "Longer than 400 lines because"
 LAYERS = [
     ["longgen_kernels._version", "longgen_kernels._C", "longgen_kernels._build_info", "longgen_kernels.patterns"],
     ["longgen_kernels.cache_layout", "longgen_kernels.kernels.problem"],
-    ["longgen_kernels.kernels.cache_problem"],
+    ["longgen_kernels.cache_scales", "longgen_kernels.kernels.cache_problem"],
     ["longgen_kernels.kernels.reference", "longgen_kernels.kernels.triton", "longgen_kernels.kernels.cuda"],
     ["longgen_kernels.dispatch"],
     ["longgen_kernels.ops"],

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/cache_slots.cuh"
+#include "decode/fp8.cuh"
 #include "params.h"
 
 namespace longgen::decode {
@@ -12,21 +13,28 @@ __device__ __forceinline__ int new_tokens(const NewTokensParams& tokens, int seq
                                   : min(max(__ldcg(tokens.counts + sequence), 0), tokens.n);
 }
 
-// A warp copies key and value of a sequence's new token `i` to a slot.
-template <typename T, int kHeadDim>
-__device__ __forceinline__ void write_token(const CacheParams& cache, const NewTokensParams& tokens,
-                                            int sequence, int kv_head, int i, int slot) {
+// A warp writes key and value of a sequence's new token `i`, of T, to a slot of a cache of Cached.
+template <typename T, typename Cached, int kHeadDim>
+__device__ __forceinline__ void write_token(const CacheParams& cache, const CacheScales& scales,
+                                            const NewTokensParams& tokens, int sequence,
+                                            int kv_head, int i, int slot) {
   const int64_t target = slot_offset(cache, sequence, kv_head, slot);
   if (target < 0) return;
   const int64_t source =
       sequence * tokens.strides.batch + i * tokens.strides.seqlen + kv_head * tokens.strides.head;
-  constexpr int kPieces = kHeadDim / 8;  // of 16 bytes
+  constexpr int kPieces = kHeadDim / 8;  // of 16 bytes of T
   for (int piece = threadIdx.x % 32; piece < 2 * kPieces; piece += 32) {
     const bool is_key = piece < kPieces;
     const int column = piece % kPieces * 8;
     const T* const from = static_cast<const T*>(is_key ? tokens.k : tokens.v) + source + column;
-    T* const to = static_cast<T*>(is_key ? cache.k : cache.v) + target + column;
-    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    Cached* const to = static_cast<Cached*>(is_key ? cache.k : cache.v) + target + column;
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    if constexpr (sizeof(Cached) == 1) {
+      const float scale = (is_key ? scales.k : scales.v)[kv_head];
+      *reinterpret_cast<uint2*>(to) = to_fp8<T>(x, 1.f / scale);
+    } else {
+      *reinterpret_cast<uint4*>(to) = x;
+    }
   }
 }
 

@@ -57,18 +57,18 @@ __device__ __forceinline__ void for_pairs(const Tile& tile, int index, int threa
 
 // A warp's find as a part.
 template <typename Found>
-__device__ __forceinline__ Part part_of(const Found& found, int row, int column, float scale_log2) {
-  return {found.maximum[row] * scale_log2, found.sum[row],
+__device__ __forceinline__ Part part_of(const Found& found, int row, int column, float scale) {
+  return {found.maximum[row] * scale, found.sum[row],
           *reinterpret_cast<const float2*>(found.out + row * Found::kStride + column)};
 }
 
-// Stores a row's output and LSE; 0 and -inf where it saw nothing.
+// Stores a row's output, times `factor`, and LSE; 0 and -inf where it saw nothing.
 template <typename T>
 __device__ __forceinline__ void store_result(const DecodeParams& params, const Tile& tile, int row,
-                                             int column, const Part& all) {
+                                             int column, const Part& all, float factor) {
   constexpr float kLn2 = 0.6931471805599453f;
   const int token = tile.token(params, row), head = tile.head(params, row);
-  const float share = all.sum != 0.f ? 1.f / all.sum : 0.f;
+  const float share = all.sum != 0.f ? 1.f / all.sum * factor : 0.f;
   T* const out = static_cast<T*>(params.out) +
                  ((int64_t(tile.sequence) * params.n + token) * params.q_heads + head) *
                      params.cache.head_dim +
@@ -113,15 +113,18 @@ class GlobalParts {
 // splits have. `found(w)` is what a warp has.
 template <typename Traits, typename OfWarp>
 __device__ __forceinline__ void merge_through_memory(const DecodeParams& params, const Tile& tile,
+                                                     const typename Traits::Factors& factors,
                                                      int split, OfWarp found) {
   using T = typename Traits::T;
   constexpr int kAtOnce = 16;
+  const float factor = factors.out;
   const GlobalParts<Traits> parts(params, tile);
   for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
-    const Part part = merge<Traits::kWarps>(
-        Traits::kWarps, [&](int w) { return part_of(found(w), row, column, params.scale_log2); });
+    const Part part = merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
+      return part_of(found(w), row, column, factors.scores(params));
+    });
     if (params.splits == 1) {
-      store_result<T>(params, tile, row, column, part);
+      store_result<T>(params, tile, row, column, part, factor);
     } else {
       parts.store(split, row, column, part);
     }
@@ -130,9 +133,9 @@ __device__ __forceinline__ void merge_through_memory(const DecodeParams& params,
       !is_last(params.tickets + params.cache.batch + tile.index, params.splits))
     return;
   for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
-    store_result<T>(params, tile, row, column, merge<kAtOnce>(params.splits, [&](int s) {
-                      return parts.load(s, row, column);
-                    }));
+    store_result<T>(
+        params, tile, row, column,
+        merge<kAtOnce>(params.splits, [&](int s) { return parts.load(s, row, column); }), factor);
   });
 }
 

@@ -2,6 +2,7 @@
 // and found by the linker.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <stdexcept>
 #include <string>
@@ -13,7 +14,7 @@ namespace longgen {
 #ifdef LONGGEN_SM90
 namespace sm90 {
 
-template <typename T, int kHeadDim>
+template <typename T, typename Cached, int kHeadDim>
 void launch_decode(const DecodeParams& params);
 
 }  // namespace sm90
@@ -26,9 +27,16 @@ void launch_decode(const DecodeParams& params);
 
 template <typename T, int kHeadDim>
 void launch_on(const DecodeParams& params) {
+  const bool fp8 = params.scales.k != nullptr;
 #ifdef LONGGEN_SM90
-  if (params.bulk) return sm90::launch_decode<T, kHeadDim>(params);
+  if constexpr (kHeadDim == 64 || kHeadDim == 128) {
+    if (params.bulk && fp8) return sm90::launch_decode<T, __nv_fp8_e4m3, kHeadDim>(params);
+  }
+  if (params.bulk && !fp8) return sm90::launch_decode<T, T, kHeadDim>(params);
 #endif
+  // Where there are no slots, there are no bytes of either type.
+  if (fp8 && params.cache.slots > 0)
+    throw std::invalid_argument("fp8 caches are for Hopper's kernel, with head_dim 64 and 128");
   launch_decode<T, kHeadDim>(params);
 }
 

@@ -40,12 +40,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     if (chunk < share.first || chunk >= share.last) continue;
     wrote = true;
     if (i % Traits::kWarps == warp)
-      write_token<T, Traits::kHeadDim>(params.cache, params.new_tokens, sequence, kv_head, i,
-                                       slots.slot(seqlen + i, end));
+      write_token<T, T, Traits::kHeadDim>(params.cache, params.scales, params.new_tokens, sequence,
+                                          kv_head, i, slots.slot(seqlen + i, end));
   }
   if (wrote) __syncthreads();
 
-  WarpRows<Traits> rows(params, tile, p0);
+  const typename Traits::Factors factors(params, kv_head);
+  WarpRows<Traits> rows(params, tile, factors, p0);
   WarpStream<Traits>(params, slots, tile, rows).run(share.first + warp, share.last);
   rows.store(found[warp]);
   __syncthreads();
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       counts_last(params.tickets + sequence, gridDim.x * gridDim.y))
     params.cache.seqlens[sequence] = end;
 
-  merge_through_memory<Traits>(params, tile, split,
+  merge_through_memory<Traits>(params, tile, factors, split,
                                [&](int w) -> const typename Traits::Found& { return found[w]; });
 }
 

@@ -38,6 +38,26 @@ __device__ __forceinline__ Tile tile_of_block(const DecodeParams& params) {
           (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
 }
 
+// What scores are multiplied by, for weights to base 2, and what outputs are. An fp8 cache's scales
+// are in it; without them it is empty, so that nothing is held in registers.
+template <typename T, typename Cached>
+struct Factors {
+  float scaled, out;
+
+  __device__ Factors(const DecodeParams& params, int kv_head)
+      : scaled(params.scale_log2 * params.scales.k[kv_head]), out(params.scales.v[kv_head]) {}
+  __device__ __forceinline__ float scores(const DecodeParams&) const { return scaled; }
+};
+template <typename T>
+struct Factors<T, T> {
+  static constexpr float out = 1.f;
+
+  __device__ Factors(const DecodeParams&, int) {}
+  __device__ __forceinline__ float scores(const DecodeParams& params) const {
+    return params.scale_log2;
+  }
+};
+
 // Known to the compiler as the same in a warp, what follows from it lies in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
 

@@ -23,6 +23,7 @@ struct DecodeTraits {
 
   static __device__ __forceinline__ int key_element(int i, int c) { return 32 * i + 8 * c; }
 
+  using Factors = decode::Factors<T, T>;
   using Found = decode::Found<kRows, kHeadDim>;
   static constexpr int kSharedBytes = kWarps * sizeof(Found);
   static_assert(kSharedBytes <= 99 * 1024, "some GPUs give a block no more");

@@ -20,6 +20,7 @@ namespace longgen::decode {
 template <typename Traits>
 class WarpRows {
   using T = typename Traits::T;
+  using Factors = typename Traits::Factors;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kOctets = Traits::kOctets;
   static constexpr int kOutTiles = kHeadDim / 16;  // of 16 elements of the output
@@ -35,8 +36,13 @@ class WarpRows {
   using Scores = float[2][4];  // [j][0] and [1]: query g and keys 8 j + 2 c + {0, 1}, then g + 8
 
   // p0 is the position of the first query token.
-  __device__ WarpRows(const DecodeParams& params, const Tile& tile, int p0)
-      : params_(params), tile_(tile), lane_(threadIdx.x % 32), g_(lane_ / 4), c_(lane_ % 4) {
+  __device__ WarpRows(const DecodeParams& params, const Tile& tile, const Factors& factors, int p0)
+      : params_(params),
+        tile_(tile),
+        factors_(factors),
+        lane_(threadIdx.x % 32),
+        g_(lane_ / 4),
+        c_(lane_ % 4) {
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
       const int row = 8 * octet + g_;
@@ -187,7 +193,7 @@ class WarpRows {
   __device__ __forceinline__ bool soften(Scores& s, int octet, float& rescale) {
     float* const x = s[0] + 2 * octet;
     float* const y = s[1] + 2 * octet;
-    const float scale = params_.scale_log2;
+    const float scale = factors_.scores(params_);
     const float largest = quad_max(fmaxf(fmaxf(x[0], x[1]), fmaxf(y[0], y[1])));
     float& maximum = maximum_[octet];
     const bool grows = (largest - maximum) * scale > kLag;  // -inf minus -inf is NaN: no
@@ -227,6 +233,7 @@ class WarpRows {
 
   const DecodeParams& params_;
   const Tile& tile_;
+  const Factors factors_;
   const int lane_, g_, c_;
   int p_[kOctets];  // positions of queries g (+ 8)
   // Of each tile: queries 2 c + {0, 1} of an element of this lane's, and of another; see

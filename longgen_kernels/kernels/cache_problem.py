@@ -20,6 +20,9 @@ class CacheTensors:
     k and v (batch, kv_heads, slots, head_dim), any strides with a unit last one; or, with `block_table` int32 (batch,
     pages a sequence), pages (pages, kv_heads, page_size, head_dim): slot `s` of sequence `b` is then row
     `s % page_size` of page `block_table[b, s // page_size]`. `seqlens` int32 (batch,): tokens that each sequence holds.
+
+    An fp8 cache (float8_e4m3fn) has `k_scale` and `v_scale`, fp32 (kv_heads,), which its bytes are multiplied by, and
+    `given_dtype`, that of the queries and new tokens.
     """
 
     k: Tensor
@@ -28,6 +31,18 @@ class CacheTensors:
     layout: CacheLayout
     block_table: Tensor | None = None
     tickets: Tensor | None = None  # see `tickets_needed`
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    given_dtype: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of queries, new tokens and output."""
+        return self.k.dtype if self.given_dtype is None else self.given_dtype
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.k_scale is not None
 
     @property
     def batch(self) -> int:
@@ -181,8 +196,8 @@ def check_new_tokens(cache: CacheTensors, k: Tensor, v: Tensor, counts: Tensor |
     """Raise TypeError or ValueError, naming the argument, unless k and v can be appended to the cache."""
     for name, x in (("k", k), ("v", v)):
         _check_tensor(name, x, cache.k.device, 4, "(batch, n, kv_heads, head_dim)")
-        if x.dtype != cache.k.dtype:
-            raise TypeError(f"{name} must have the cache's dtype {cache.k.dtype}, got {x.dtype}")
+        if x.dtype != cache.dtype:
+            raise TypeError(f"{name} must have the cache's dtype {cache.dtype}, got {x.dtype}")
         wanted = (cache.batch, k.shape[1], cache.kv_heads, cache.head_dim)
         if x.shape != wanted:
             raise ValueError(f"{name} must be (batch, n, kv_heads, head_dim) = {wanted}, got shape {tuple(x.shape)}")
@@ -193,8 +208,8 @@ def check_new_tokens(cache: CacheTensors, k: Tensor, v: Tensor, counts: Tensor |
 def check_queries(cache: CacheTensors, q: Tensor) -> None:
     """Raise TypeError or ValueError unless q can attend to the cache."""
     _check_tensor("q", q, cache.k.device, 4, "(batch, n, q_heads, head_dim)")
-    if q.dtype != cache.k.dtype:
-        raise TypeError(f"q must have the cache's dtype {cache.k.dtype}, got {q.dtype}")
+    if q.dtype != cache.dtype:
+        raise TypeError(f"q must have the cache's dtype {cache.dtype}, got {q.dtype}")
     if q.shape[0] != cache.batch or q.shape[3] != cache.head_dim:
         raise ValueError(
             f"q must be (batch, n, q_heads, head_dim) with batch {cache.batch} and head_dim {cache.head_dim}, "

@@ -1,7 +1,8 @@
 """The operators `torch.ops.longgen_kernels.kvcache_attn`, `kvcache_append` and `kvcache_append_attn`.
 
 The first is functional, the others declare that they write to the cache. A cache travels as its tensors, the ints of
-its pattern and the size of its ring (-1: each token's slot is its position). The backend is chosen when one runs.
+its pattern and the size of its ring (-1: each token's slot is its position), an fp8 one with its scales. The backend is
+chosen when one runs.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 _LAYOUT = "Tensor? tickets, Tensor? block_table, int[] pattern, int ring"
 _WRITTEN = f"Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) seqlens, {_LAYOUT}"
 _NEW = "Tensor k, Tensor v, Tensor? counts, bool advance"
+_REST = "str backend, Tensor? k_scale=None, Tensor? v_scale=None"
 lib.define(
     f"kvcache_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, {_LAYOUT}, "
-    "float softmax_scale, SymInt q_offset, str backend) -> (Tensor, Tensor)"
+    f"float softmax_scale, SymInt q_offset, {_REST}) -> (Tensor, Tensor)"
 )
-lib.define(f"kvcache_append({_WRITTEN}, {_NEW}, str backend) -> ()")
-lib.define(f"kvcache_append_attn(Tensor q, {_WRITTEN}, {_NEW}, float softmax_scale, str backend) -> (Tensor, Tensor)")
+lib.define(f"kvcache_append({_WRITTEN}, {_NEW}, {_REST}) -> ()")
+lib.define(f"kvcache_append_attn(Tensor q, {_WRITTEN}, {_NEW}, float softmax_scale, {_REST}) -> (Tensor, Tensor)")
 
 
 def support(problem: CacheProblem) -> dict[str, dispatch.Support]:
@@ -44,11 +46,13 @@ def append_support(cache: CacheTensors) -> dict[str, dispatch.Support]:
 
 
 def _cache(
-    k: Tensor, v: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None, code: list[int], ring: int
-) -> CacheTensors:
+    k: Tensor, v: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None, code: list[int], ring: int,
+    k_scale: Tensor | None, v_scale: Tensor | None, dtype: torch.dtype,
+) -> CacheTensors:  # fmt: skip
     pattern = decode_pattern(code)
     assert isinstance(pattern, AttentionPattern)
-    return CacheTensors(k, v, seqlens, CacheLayout(pattern, None if ring < 0 else ring), table, tickets)
+    layout = CacheLayout(pattern, None if ring < 0 else ring)
+    return CacheTensors(k, v, seqlens, layout, table, tickets, k_scale, v_scale, dtype)
 
 
 def _run(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
@@ -64,16 +68,18 @@ def _run(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
 def _attn(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
     pattern: list[int], ring: int, softmax_scale: float, q_offset: int, backend: str,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring)
+    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, q.dtype)
     return _run(CacheProblem(q, cache, softmax_scale, q_offset), backend)
 
 
 def _append(
     k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
     pattern: list[int], ring: int, k: Tensor, v: Tensor, counts: Tensor | None, advance: bool, backend: str,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
-    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring)
+    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, k.dtype)
     chosen = dispatch.choose(backend, append_support(cache), "appending to a KV cache", k.device.type)
     BACKENDS[chosen].cache_append(cache, NewTokens(k, v, counts, advance))
 
@@ -81,9 +87,9 @@ def _append(
 def _append_attn(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
     pattern: list[int], ring: int, k: Tensor, v: Tensor, counts: Tensor | None, advance: bool, softmax_scale: float,
-    backend: str,
+    backend: str, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring)
+    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, q.dtype)
     return _run(CacheProblem(q, cache, softmax_scale, 0, NewTokens(k, v, counts, advance)), backend)
 
 

@@ -31,10 +31,13 @@ __device__ __forceinline__ void load_shared_8_bytes(uint32_t* r, uint32_t shared
                : "r"(shared)
                : "memory");
 }
-__device__ __forceinline__ void store_shared_16_bytes(uint32_t shared, uint4 x) {
+__device__ __forceinline__ void store_shared(uint32_t shared, uint4 x) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(x.x), "r"(x.y),
                "r"(x.z), "r"(x.w)
                : "memory");
+}
+__device__ __forceinline__ void store_shared(uint32_t shared, uint2 x) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(x.x), "r"(x.y) : "memory");
 }
 
 // Stores four 8 x 8 matrices of 16-bit elements, transposed. A thread holds, of each, two

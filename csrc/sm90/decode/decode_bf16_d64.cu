@@ -1,3 +1,4 @@
 #include "sm90/decode/launch.cuh"
 
-template void longgen::sm90::launch_decode<__nv_bfloat16, 64>(const longgen::DecodeParams&);
+template void longgen::sm90::launch_decode<__nv_bfloat16, __nv_bfloat16, 64>(
+    const longgen::DecodeParams&);

@@ -1,3 +1,3 @@
 #include "sm90/decode/launch.cuh"
 
-template void longgen::sm90::launch_decode<__half, 128>(const longgen::DecodeParams&);
+template void longgen::sm90::launch_decode<__half, __half, 128>(const longgen::DecodeParams&);

@@ -53,8 +53,9 @@ __device__ __forceinline__ void expect_parts(const decode::Tile& tile, int split
 // does that with this block's slice.
 template <typename Traits, typename OfWarp>
 __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params,
-                                                      const decode::Tile& tile, int split,
-                                                      typename Traits::Shared& shared,
+                                                      const decode::Tile& tile,
+                                                      const typename Traits::Factors& factors,
+                                                      int split, typename Traits::Shared& shared,
                                                       OfWarp found) {
   constexpr int kPairs = Traits::kHeadDim / 2;
   const int splits = params.splits;
@@ -63,7 +64,7 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
   decode::for_pairs<Traits::kHeadDim>(
       tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
         const decode::Part part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
-          return decode::part_of(found(w), row, column, params.scale_log2);
+          return decode::part_of(found(w), row, column, factors.scores(params));
         });
         const int i = row * kPairs + column / 2, owner = i >> slices.log2;
         store_remote(shared.part_out + slices.first(split) + i - slices.first(owner), shared.merged,
@@ -82,7 +83,7 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
       const float2 weights = shared.part_weights[block][row];
       return decode::Part{weights.x, weights.y, shared.part_out[slices.first(block) + i]};
     });
-    decode::store_result<typename Traits::T>(params, tile, row, column, all);
+    decode::store_result<typename Traits::T>(params, tile, row, column, all, factors.out);
   }
 }
 
@@ -134,6 +135,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     stream.start();
     if (now != lengths) stream.drop();
   } while (now != lengths);
+  const typename Traits::Factors factors(params, tile.kv_head);
   inputs.store(shared.inputs);
   __syncthreads();
   // Every thread has read the length. The last block of the sequence to come here replaces it, in
@@ -141,7 +143,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
     ticket = decode::take_ticket(params.tickets + tile.sequence, gridDim.x * gridDim.y);
-  decode::WarpRows<Traits> rows(params, tile, decode::uniform(lengths.old) + params.q_offset);
+  decode::WarpRows<Traits> rows(params, tile, factors,
+                                decode::uniform(lengths.old) + params.q_offset);
   stream.run(lengths.old, rows);
   const auto found = [&](int w) -> typename Traits::Found& {
     return *reinterpret_cast<typename Traits::Found*>(shared.ring[w]);
@@ -149,9 +152,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   rows.store(found(warp));
   __syncthreads();
   if (params.clustered) {
-    merge_through_cluster<Traits>(params, tile, split, shared, found);
+    merge_through_cluster<Traits>(params, tile, factors, split, shared, found);
   } else {
-    decode::merge_through_memory<Traits>(params, tile, split, found);
+    decode::merge_through_memory<Traits>(params, tile, factors, split, found);
   }
   if (ticket == gridDim.x * gridDim.y - 1) params.cache.seqlens[tile.sequence] = lengths.end;
 }

@@ -10,12 +10,12 @@
 namespace longgen::sm90 {
 
 // Promotion to 256 bytes, which other kernels' maps have, would cost 7 to 10% of the time.
-inline CUtensorMap cache_map(const CacheParams& cache, const void* data) {
+inline CUtensorMap cache_map(const CacheParams& cache, DType dtype, const void* data) {
   const bool paged = cache.block_table != nullptr;
   const int rows = paged ? 1 << cache.log2_page : cache.slots;
   const int blocks = paged ? cache.pool_pages : cache.batch;
   const CacheStrides& strides = cache.strides;
-  return tensor_map(data, cache.dtype, {cache.head_dim, rows, cache.kv_heads, blocks},
+  return tensor_map(data, dtype, {cache.head_dim, rows, cache.kv_heads, blocks},
                     {strides.slot, strides.head, strides.block}, kChunk,
                     CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
 }
@@ -27,8 +27,9 @@ void launch(const DecodeParams& params) {
   // Before the tensor maps: see tensor_map.
   LONGGEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           Traits::kSharedBytes));
-  const CacheMaps maps{cache_map(params.cache, params.cache.k),
-                       cache_map(params.cache, params.cache.v)};
+  const DType dtype = Traits::kBytes == 1 ? DType::kFloat8 : params.cache.dtype;
+  const CacheMaps maps{cache_map(params.cache, dtype, params.cache.k),
+                       cache_map(params.cache, dtype, params.cache.v)};
   std::array<cudaLaunchAttribute, 2> attributes{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = params.starts_early;
@@ -45,13 +46,13 @@ void launch(const DecodeParams& params) {
   LONGGEN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params, maps));
 }
 
-template <typename T, int kHeadDim>
+template <typename T, typename Cached, int kHeadDim>
 void launch_decode(const DecodeParams& params) {
   if constexpr (kHeadDim <= 128) {
     if (decode_rows_per_tile(params.n * params.group, kHeadDim) == 16)
-      return launch<DecodeTraits<T, kHeadDim, 2>>(params);
+      return launch<DecodeTraits<T, Cached, kHeadDim, 2>>(params);
   }
-  launch<DecodeTraits<T, kHeadDim, 1>>(params);
+  launch<DecodeTraits<T, Cached, kHeadDim, 1>>(params);
 }
 
 }  // namespace longgen::sm90

@@ -22,6 +22,7 @@ struct CacheMaps {
 template <typename Traits>
 class BulkStream {
   using T = typename Traits::T;
+  using Cached = typename Traits::Cached;
   using Rows = decode::WarpRows<Traits>;
 
  public:
@@ -98,8 +99,8 @@ class BulkStream {
 #pragma unroll
     for (int box = 0; box < Traits::kBoxes; ++box)
       copy_box(half == 0 ? maps_.k : maps_.v, full_[stage][half],
-               ring_[stage] + half * Traits::kHalfBytes + box * Traits::kBoxBytes, 64 * box, row_,
-               tile_.kv_head, block_);
+               ring_[stage] + half * Traits::kHalfBytes + box * Traits::kBoxBytes,
+               Traits::kBoxElements * box, row_, tile_.kv_head, block_);
   }
 
   // Rows outside the cache become zeros, all of them where there is no page.
@@ -132,10 +133,10 @@ class BulkStream {
     const int g = lane_ / 4, c = lane_ % 4;
     typename Rows::Keys keys;
 #pragma unroll
-    for (int i = 0; i < Rows::kKeyLoads; ++i) {
+    for (int i = 0; i < Rows::kKeyLoads; i += 2 / Traits::kBytes) {
 #pragma unroll
       for (int j = 0; j < 2; ++j)
-        load_shared_16_bytes(keys[j][i], keys_at + swizzled(g + 8 * j, Traits::key_element(i, c)));
+        load_keys(keys[j] + i, keys_at + swizzled(g + 8 * j, Traits::key_element(i, c)));
     }
     typename Rows::Scores s;
     typename Rows::Queries q;
@@ -157,7 +158,11 @@ class BulkStream {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint32_t at = values_at + swizzled(2 * c + j % 2 + j / 2 * 8, rows.value_element(i));
-        if (i < Rows::kValueLoads) {
+        if constexpr (Traits::kBytes == 1) {
+          uint32_t x[2];
+          load_shared_8_bytes(x, at);
+          decode::from_fp8<T>(values[j], x[0], x[1]);
+        } else if (i < Rows::kValueLoads) {
           load_shared_16_bytes(values[j], at);
         } else {
           load_shared_8_bytes(values[j], at);
@@ -169,17 +174,30 @@ class BulkStream {
     if (more) fetch(stage, 1);
   }
 
+  // 16 bytes of a key, as one load of 16-bit elements or two.
+  static __device__ __forceinline__ void load_keys(uint32_t (*keys)[4], uint32_t at) {
+    if constexpr (Traits::kBytes == 1) {
+      uint32_t x[4];
+      load_shared_16_bytes(x, at);
+      decode::from_fp8<T>(keys[0], x[0], x[1]);
+      decode::from_fp8<T>(keys[1], x[2], x[3]);
+    } else {
+      load_shared_16_bytes(keys[0], at);
+    }
+  }
+
   // Writes the new tokens' rows to keys or values, and zeros to the values that no query sees: what
   // lies there (NaN, another sequence's token) would reach the output with weight 0.
   __device__ __forceinline__ void complete(int half, uint32_t at, const CacheSlots::Token& token,
                                            int until, int fresh) const {
-    constexpr int kPieces = Traits::kHeadDim / 8;  // of 16 bytes, of a row
+    constexpr int kPieces = Traits::kHeadDim / 8;  // of 16 bytes of T, of a row
     if (half == 1) {
+      constexpr int kEach = 16 / Traits::kBytes, kZeros = Traits::kHeadDim / kEach;
       const uint32_t absent = __ballot_sync(0xffffffff, until < 0);
 #pragma unroll
-      for (int i = 0; i < kChunk * kPieces; i += 32) {
-        const int row = (i + lane_) / kPieces, column = (i + lane_) % kPieces * 8;
-        if ((absent >> row & 1) != 0) store_shared_16_bytes(at + swizzled(row, column), uint4{});
+      for (int i = 0; i < kChunk * kZeros; i += 32) {
+        const int row = (i + lane_) / kZeros, column = (i + lane_) % kZeros * kEach;
+        if ((absent >> row & 1) != 0) store_shared(at + swizzled(row, column), uint4{});
       }
     }
     uint32_t written =
@@ -194,9 +212,17 @@ class BulkStream {
           slot_offset(params_.cache, tile_.sequence, tile_.kv_head, slot) + 8 * lane_;
       const uint4 x =
           i == 0 ? inputs_.new_token[half][lane_] : *new_piece(params_, tile_, half, i, lane_);
-      store_shared_16_bytes(at + swizzled(row, 8 * lane_), x);
-      *reinterpret_cast<uint4*>(static_cast<T*>(half == 0 ? params_.cache.k : params_.cache.v) +
-                                target) = x;
+      const auto store = [&](auto elements) {
+        store_shared(at + swizzled(row, 8 * lane_), elements);
+        void* const cache = half == 0 ? params_.cache.k : params_.cache.v;
+        *reinterpret_cast<decltype(elements)*>(static_cast<Cached*>(cache) + target) = elements;
+      };
+      if constexpr (Traits::kBytes == 1) {
+        const float scale = (half == 0 ? params_.scales.k : params_.scales.v)[tile_.kv_head];
+        store(decode::to_fp8<T>(x, 1.f / scale));
+      } else {
+        store(x);
+      }
     }
     fence_async_proxy();  // before the next copy to this place
     __syncwarp();
@@ -206,9 +232,12 @@ class BulkStream {
     return place_of(params_.cache, tile_.sequence, slot).block >= 0;
   }
 
-  // Where a row's element lies from the first box.
+  // Where a row's element lies from the first box. Pieces of 16 bytes are exchanged by the number
+  // of the 128 bytes that they lie in.
   static __device__ __forceinline__ uint32_t swizzled(int row, int element) {
-    return element / 64 * Traits::kBoxBytes + row * 128 + ((element % 64 * 2) ^ (row % 8 * 16));
+    constexpr int kBox = Traits::kBoxElements, kRow = Traits::kRowBytes;
+    return element / kBox * Traits::kBoxBytes + row * kRow +
+           ((element % kBox * Traits::kBytes) ^ (row * kRow / 128 % (kRow / 16) * 16));
   }
 
   const DecodeParams& params_;

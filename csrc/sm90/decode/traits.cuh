@@ -9,9 +9,12 @@
 
 namespace longgen::sm90 {
 
-template <typename T_, int kHeadDim_, int kOctets_>
+// T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3.
+template <typename T_, typename Cached_, int kHeadDim_, int kOctets_>
 struct DecodeTraits {
   using T = T_;
+  using Cached = Cached_;
+  static constexpr int kBytes = sizeof(Cached);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kOctets = kOctets_;
   static constexpr int kRows = 8 * kOctets;  // of the query: tokens times heads of a group
@@ -19,10 +22,12 @@ struct DecodeTraits {
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kMaxCluster = 8;  // blocks
 
-  // A chunk's keys, and its values, are copied in boxes of 64 elements by 16 rows, swizzled over
-  // 128 bytes; of a head_dim that is no multiple of 64 the last is half zeros.
-  static constexpr int kBoxes = (kHeadDim + 63) / 64;
-  static constexpr int kBoxBytes = kChunk * 128;
+  // A chunk's keys, and its values, are copied in boxes of 16 rows of 128 bytes, or 64 where a row
+  // has no more, and swizzled over that; of head_dim 96 the last is half zeros.
+  static constexpr int kBoxElements = kHeadDim * kBytes < 128 ? kHeadDim : 128 / kBytes;
+  static constexpr int kRowBytes = kBoxElements * kBytes;
+  static constexpr int kBoxes = (kHeadDim + kBoxElements - 1) / kBoxElements;
+  static constexpr int kBoxBytes = kChunk * kRowBytes;
   static constexpr int kHalfBytes = kBoxes * kBoxBytes;  // keys or values
   static constexpr int kStageBytes = 2 * kHalfBytes;
   // 128 KB on their way in a multiprocessor: less leaves memory idle, more makes what a block waits
@@ -30,8 +35,9 @@ struct DecodeTraits {
   static constexpr int kStages = 128 * 1024 / (kWarps * kStageBytes);
 
   // 16 bytes of the swizzled rows that eight neighbouring lanes read lie in different banks, but
-  // for the odd load of head_dim 96.
+  // for the odd load of head_dim 96. In e4m3 they are those of two loads, i and i + 1.
   static __device__ __forceinline__ int key_element(int i, int c) {
+    if constexpr (kBytes == 1) return kHeadDim / 4 * c + 8 * i;
     return i / 2 * 2 + 1 < kHeadDim / 32 ? 64 * (i / 2) + 16 * c + 8 * (i % 2) : 32 * i + 8 * c;
   }
 
@@ -39,17 +45,19 @@ struct DecodeTraits {
     uint4 queries[kHeadDim / 32][kOctets][32];  // as the lanes of a warp hold them
     uint4 new_token[2][kHeadDim / 8];           // the first one's key and value
   };
+  using Factors = decode::Factors<T, Cached>;
   using Found = decode::Found<kRows, kHeadDim>;
   struct Shared {
     alignas(1024) char ring[kWarps][kStages][kStageBytes];  // in the end a warp's Found
     Inputs inputs;
     // (block, pair of this block's slice): less than twice all pairs, as slices are powers of 2.
-    float2 part_out[kRows * kBoxes * 64];
+    float2 part_out[kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
     Mbarrier full[kWarps][kStages][2];  // of keys, of values
   };
   static constexpr int kSharedBytes = sizeof(Shared);
+  static_assert(kBytes == 2 || kHeadDim % 64 == 0, "four lanes read 16 bytes of a key each");
   static_assert(kSharedBytes <= 227 * 1024, "a multiprocessor has no more");
   static_assert(sizeof(Found) <= kStages * kStageBytes, "it takes the ring's place");
 };

@@ -52,13 +52,14 @@ def hopper_unsupported(
 
 
 def has_aligned_rows(x: Tensor) -> bool:
-    """Whether the copy engine can read a 16-bit tensor: unit last stride, the others multiples of 16 bytes."""
+    """Whether the copy engine can read a tensor: unit last stride, the others multiples of 16 bytes."""
     if x.data_ptr() % 16 != 0:
         return False
+    elements = 16 // x.element_size()
     if x.is_contiguous():
-        return x.shape[-1] % 8 == 0
+        return x.shape[-1] % elements == 0
     strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    return x.stride(-1) == 1 and all(s > 0 and s % 8 == 0 for s in strides)
+    return x.stride(-1) == 1 and all(s > 0 and s % elements == 0 for s in strides)
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:

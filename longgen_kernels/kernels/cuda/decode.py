@@ -22,6 +22,7 @@ from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current
 from longgen_kernels.kernels.cuda.extension import available
 
 _HEAD_DIMS = (64, 96, 128, 256)
+_FP8_HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16  # query heads of a KV head
 _CHUNKS_A_SPLIT = 4  # of 16 slots, at least
 _MAX_CLUSTER = 8  # thread blocks
@@ -33,10 +34,12 @@ def cache_unsupported(cache: CacheTensors) -> str | None:
     reason = available(cache.k.device)
     if reason is not None:
         return reason
-    if cache.k.dtype not in DTYPE_NAMES:
-        return f"takes float16 and bfloat16, got {cache.k.dtype}"
+    if cache.dtype not in DTYPE_NAMES:
+        return f"takes float16 and bfloat16, got {cache.dtype}"
     if cache.head_dim not in _HEAD_DIMS:
         return f"takes head_dim 64, 96, 128 and 256, got {cache.head_dim}"
+    if cache.is_fp8 and cache.head_dim not in _FP8_HEAD_DIMS:
+        return f"takes head_dim 64 and 128 for fp8 caches, got {cache.head_dim}"
     if cache.k.stride() != cache.v.stride():
         return f"takes k and v of one layout in memory, got strides {cache.k.stride()} and {cache.v.stride()}"
     if not has_aligned_rows(cache.k) or not has_aligned_rows(cache.v):
@@ -57,7 +60,10 @@ def cache_attention_unsupported(problem: CacheProblem) -> str | None:
         return f"takes up to {_MAX_GROUP} query heads a KV head, got {problem.group}"
     if problem.new is not None and problem.new.n != problem.n:
         return f"takes as many new tokens as queries, got {problem.new.n} and {problem.n}"
-    return cache_unsupported(problem.cache)
+    reason = cache_unsupported(problem.cache)
+    if reason is None and problem.cache.is_fp8 and not _runs_hopper_code(problem.q.device):
+        return "attends to fp8 caches on Hopper (90a) only"
+    return reason
 
 
 def cache_append(cache: CacheTensors, new: NewTokens) -> None:
@@ -159,12 +165,14 @@ def _cache(cache: CacheTensors) -> dict[str, Any]:
         "pages": 0 if cache.block_table is None else cache.block_table.shape[1],
         "log2_page": 0 if cache.block_table is None else cache.page_size.bit_length() - 1,
         "pool_pages": 0 if cache.block_table is None else cache.k.shape[0],
-        "dtype": DTYPE_NAMES[cache.k.dtype],
+        "dtype": DTYPE_NAMES[cache.dtype],
         "k_cache": cache.k.data_ptr(),
         "v_cache": cache.v.data_ptr(),
         "cache_strides": cache.k.stride()[:3],
         "seqlens": cache.seqlens.data_ptr(),
         "block_table": address(cache.block_table),
+        "k_scale": address(cache.k_scale),
+        "v_scale": address(cache.v_scale),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longgen_kernels.cache_scales import as_bytes, quantised
 from longgen_kernels.kernels.cache_problem import CacheProblem, CacheTensors, NewTokens, keys_end
 from longgen_kernels.kernels.reference.attention import TILE_ELEMENTS
 
@@ -35,8 +36,9 @@ def cache_append(cache: CacheTensors, new: NewTokens) -> None:
     page, inside = _address(cache, b, slot[b, i, h])
     owned = page >= 0
     b, i, h, page, inside = (x[owned] for x in (b, i, h, page, inside))
-    cache.k[page, h, inside] = new.k[b, i, h]
-    cache.v[page, h, inside] = new.v[b, i, h]
+    for x, tokens, scale in ((cache.k, new.k, cache.k_scale), (cache.v, new.v, cache.v_scale)):
+        rows = tokens[b, i, h]
+        as_bytes(x)[page, h, inside] = rows if scale is None else as_bytes(quantised(rows, scale[h, None]))
     if new.advance:
         cache.seqlens.copy_(end)
 
@@ -53,7 +55,8 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         end = end.clamp(max=cache.slots)
     head = torch.arange(cache.kv_heads, device=q.device)
     position = cache.layout.positions(end[:, None], head, cache.slots)  # (batch, kv_heads, slots)
-    k, v = (_gathered(cache, x).to(dtype) for x in (cache.k, cache.v))
+    k = _gathered(cache, cache.k, cache.k_scale, dtype)
+    v = _gathered(cache, cache.v, cache.v_scale, dtype)
     q = q.to(dtype).unflatten(2, (cache.kv_heads, problem.group)).permute(0, 2, 3, 1, 4)
     parts = []
     limit = TILE_ELEMENTS["cpu" if q.device.type == "cpu" else "gpu"]
@@ -83,8 +86,9 @@ def _address(cache: CacheTensors, sequence: Tensor, slot: Tensor) -> tuple[Tenso
     return cache.block_table[sequence, slot // cache.page_size].long(), slot % cache.page_size
 
 
-def _gathered(cache: CacheTensors, x: Tensor) -> Tensor:
+def _gathered(cache: CacheTensors, x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A cache's k or v as (batch, kv_heads, slots, head_dim). Pages that nobody has stand for any page."""
-    if cache.block_table is None:
-        return x
-    return x[cache.block_table.clamp(0, x.shape[0] - 1).long()].transpose(1, 2).flatten(2, 3)
+    if cache.block_table is not None:
+        pages = as_bytes(x)[cache.block_table.clamp(0, x.shape[0] - 1).long()].view(x.dtype)
+        x = pages.transpose(1, 2).flatten(2, 3)
+    return x.to(dtype) if scale is None else x.to(dtype) * scale[:, None, None]

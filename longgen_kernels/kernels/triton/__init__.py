@@ -26,7 +26,7 @@ __all__ = [
 
 def attention_unsupported(problem: AttentionProblem) -> str | None:
     """None if the Triton kernels can run the problem, otherwise the reason."""
-    reason = _unsupported(problem.q, problem.head_dim)
+    reason = _unsupported(problem.q, problem.head_dim, problem.q.dtype)
     if reason is not None:
         return reason
     if problem.q_heads > 65535 or (problem.batch > 65535 and not problem.varlen):
@@ -44,7 +44,7 @@ def cache_unsupported(cache: CacheTensors) -> str | None:
         return f"takes pages of a power of two of at least {GRANULE} tokens, got {page}"
     if cache.kv_heads > 65535 or cache.batch > 65535:
         return f"takes up to 65535 heads and sequences, got {cache.kv_heads} and {cache.batch}"
-    return _unsupported(cache.k, cache.head_dim)
+    return _unsupported(cache.k, cache.head_dim, cache.dtype)
 
 
 def cache_attention_unsupported(problem: CacheProblem) -> str | None:
@@ -52,12 +52,12 @@ def cache_attention_unsupported(problem: CacheProblem) -> str | None:
     return cache_unsupported(problem.cache)
 
 
-def _unsupported(x: Tensor, head_dim: int) -> str | None:
+def _unsupported(x: Tensor, head_dim: int, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the triton package is not installed"
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         return "takes float16, bfloat16 and float32, got float64"
-    if x.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+    if dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
         return "Triton's interpreter computes bfloat16 wrongly"
     if head_dim % 8 != 0 or not 8 <= head_dim <= 256:
         return f"takes head_dim 8 to 256 in multiples of 8, got {head_dim}"

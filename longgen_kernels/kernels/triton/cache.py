@@ -8,6 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
+from longgen_kernels.cache_scales import as_bytes
 from longgen_kernels.kernels.cache_problem import (
     CacheProblem,
     CacheTensors,
@@ -53,10 +54,11 @@ def _write(cache: CacheTensors, new: NewTokens) -> None:
     del flags["WINDOW"]
     with torch.cuda.device_of(cache.k):
         cache_append_kernel[(triton.cdiv(new.n, block_t), cache.kv_heads, cache.batch)](
-            new.k, new.v, cache.k, cache.v, cache.seqlens, new.counts, cache.block_table,
+            new.k, new.v, as_bytes(cache.k), as_bytes(cache.v), cache.seqlens, new.counts, cache.block_table,
+            cache.k_scale, cache.v_scale,
             *new.k.stride()[:3], *new.v.stride()[:3], *cache.k.stride()[:3], *cache.v.stride()[:3],
             n_new=new.n, **numbers, **flags, HEAD_DIM=cache.head_dim, BLOCK_D=block_d, BLOCK_T=block_t,
-            HAS_COUNTS=new.counts is not None,
+            HAS_COUNTS=new.counts is not None, FP8=cache.is_fp8,
         )  # fmt: skip
 
 
@@ -80,12 +82,13 @@ def _attend(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     numbers, flags = _layout(cache)
     with torch.cuda.device_of(q):
         cache_attn_kernel[(splits * row_tiles, cache.kv_heads, batch)](
-            q, cache.k, cache.v, parts, part_lses, cache.seqlens, None if new is None else new.counts,
-            cache.block_table, *q.stride()[:3], *cache.k.stride()[:3], *cache.v.stride()[:3], out.numel(), lse.numel(),
+            q, as_bytes(cache.k), as_bytes(cache.v), parts, part_lses, cache.seqlens,
+            None if new is None else new.counts, cache.block_table, cache.k_scale, cache.v_scale,
+            *q.stride()[:3], *cache.k.stride()[:3], *cache.v.stride()[:3], out.numel(), lse.numel(),
             n=n, n_new=0 if new is None else new.n, q_offset=problem.q_offset, splits=splits, row_tiles=row_tiles,
             scale_log2=problem.softmax_scale * math.log2(math.e), **numbers, **flags,
             GROUP=problem.group, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            HAS_COUNTS=new is not None and new.counts is not None,
+            HAS_COUNTS=new is not None and new.counts is not None, FP8=cache.is_fp8,
             PRECISION="ieee" if q.dtype == torch.float32 else None, STAGES=tile.num_stages,
             **({} if INTERPRETED else {"num_warps": tile.num_warps}),
         )  # fmt: skip

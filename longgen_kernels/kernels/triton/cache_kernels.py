@@ -40,12 +40,36 @@ def row_address(slot, ok, table, b, pages, log2_page, sb, ss, PAGED: tl.constexp
         return b.to(tl.int64) * sb + slot.to(tl.int64) * ss, ok
 
 
+@triton.jit
+def from_fp8(x, dtype: tl.constexpr):
+    """The values of e4m3 bytes, exactly. In integers: before sm_89 there are no conversions."""
+    magnitude = (x & 0x7F).to(tl.uint16)
+    # As fp16 the exponent is 8 too small; e4m3's one NaN becomes fp16's.
+    bits = tl.where(magnitude == 0x7F, 0x7E00, magnitude << 7) | ((x & 0x80).to(tl.uint16) << 8)
+    return (bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0).to(dtype)
+
+
+@triton.jit
+def to_fp8(x):
+    """fp32 as e4m3 bytes: rounded to the nearest, ties to even, saturating at 448; NaN stays NaN."""
+    bits = x.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    # Of normal results the last 20 of fp32's 23 bits go, and the exponent's bias is 7 instead of 127.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - (120 << 3)
+    # Below 2 ** -6 results are multiples of 2 ** -9, as the last bits of fp32 numbers from 2 ** 14 on are.
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    result = tl.where(magnitude < 0x3C800000, small, normal)
+    result = tl.where(magnitude >= 0x43E00000, 0x7E, result)
+    result = tl.where(magnitude > 0x7F800000, 0x7F, result)
+    return (result | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
 @triton.jit(do_not_specialize=[
     "n", "n_new", "q_offset", "slots", "pages", "log2_page", "splits", "row_tiles",
     "sink", "sink_slots", "ring", "window", "stride", "log2_block", "phase_step", "phase_offset",
 ])  # fmt: skip
 def cache_attn_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seqlens, counts, table,
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, seqlens, counts, table, k_scales, v_scales,
     q_sb: tl.int64, q_ss: tl.int64, q_sh: tl.int64,
     k_sb: tl.int64, k_sh: tl.int64, k_ss: tl.int64,
     v_sb: tl.int64, v_sh: tl.int64, v_ss: tl.int64,
@@ -56,7 +80,7 @@ def cache_attn_kernel(
     phase_step: tl.int32, phase_offset: tl.int32,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, STRIDED: tl.constexpr, COMPACT: tl.constexpr, PAGED: tl.constexpr,
-    HAS_COUNTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_COUNTS: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_M rows (token-major: token, head of the group) to one split of a sequence's tiles.
 
@@ -110,6 +134,8 @@ def cache_attn_kernel(
     d = tl.arange(0, BLOCK_D)
     d_ok = d < HEAD_DIM
     columns = tl.arange(0, BLOCK_N)
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scales + kv_head)
     q = tl.load(
         q_ptr + b64 * q_sb + token.to(tl.int64)[:, None] * q_ss + q_head.to(tl.int64)[:, None] * q_sh + d[None, :],
         mask=row_ok[:, None] & d_ok[None, :], other=0.0,
@@ -151,6 +177,9 @@ def cache_attn_kernel(
         v_row, v_ok = row_address(slot, here, table, b, pages, log2_page, v_sb, v_ss, PAGED)
         k = tl.load(k_base + k_row[:, None], mask=k_ok[:, None] & d_ok[None, :], other=0.0)
         v = tl.load(v_base + v_row[:, None], mask=v_ok[:, None] & d_ok[None, :], other=0.0)
+        if FP8:
+            k = from_fp8(k, q.dtype)
+            v = from_fp8(v, q.dtype)
         seen = k_ok[None, :] & (j[None, :] <= p[:, None])
         if WINDOW != 0:
             if WINDOW == 1:
@@ -174,6 +203,8 @@ def cache_attn_kernel(
 
     seen_any = denom != 0.0  # NaN is not 0: it stays NaN
     out = acc / tl.where(seen_any, denom, 1.0)[:, None]
+    if FP8:
+        out = out * tl.load(v_scales + kv_head)
     lse = tl.where(seen_any, (m + tl.log2(tl.where(seen_any, denom, 1.0))) * 0.6931471805599453, float("-inf"))
     q_heads = kv_heads * GROUP
     out_row = split.to(tl.int64) * out_split + ((b64 * n + token) * q_heads + q_head) * HEAD_DIM
@@ -216,7 +247,7 @@ def cache_combine_kernel(
     "n_new", "slots", "pages", "log2_page", "sink_slots", "ring", "stride", "log2_block", "phase_step", "phase_offset",
 ])  # fmt: skip
 def cache_append_kernel(
-    new_k_ptr, new_v_ptr, k_ptr, v_ptr, seqlens, counts, table,
+    new_k_ptr, new_v_ptr, k_ptr, v_ptr, seqlens, counts, table, k_scales, v_scales,
     new_k_sb: tl.int64, new_k_ss: tl.int64, new_k_sh: tl.int64,
     new_v_sb: tl.int64, new_v_ss: tl.int64, new_v_sh: tl.int64,
     k_sb: tl.int64, k_sh: tl.int64, k_ss: tl.int64,
@@ -225,7 +256,7 @@ def cache_append_kernel(
     sink_slots: tl.int32, ring: tl.int32, stride: tl.int32, log2_block: tl.int32,
     phase_step: tl.int32, phase_offset: tl.int32,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    STRIDED: tl.constexpr, COMPACT: tl.constexpr, PAGED: tl.constexpr, HAS_COUNTS: tl.constexpr,
+    STRIDED: tl.constexpr, COMPACT: tl.constexpr, PAGED: tl.constexpr, HAS_COUNTS: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Writes BLOCK_T new tokens of a KV head to their slots; grid (tiles of tokens, kv_heads, batch)."""
     kv_head = tl.program_id(1).to(tl.int64)
@@ -259,5 +290,8 @@ def cache_append_kernel(
     i64 = i.to(tl.int64)[:, None]
     k = tl.load(new_k_ptr + b64 * new_k_sb + i64 * new_k_ss + kv_head * new_k_sh + d[None, :], mask=k_mask)
     v = tl.load(new_v_ptr + b64 * new_v_sb + i64 * new_v_ss + kv_head * new_v_sh + d[None, :], mask=v_mask)
+    if FP8:
+        k = to_fp8(k.to(tl.float32) * tl.div_rn(1.0, tl.load(k_scales + kv_head)))
+        v = to_fp8(v.to(tl.float32) * tl.div_rn(1.0, tl.load(v_scales + kv_head)))
     tl.store(k_ptr + k_row[:, None] + kv_head * k_sh + d[None, :], k, mask=k_mask)
     tl.store(v_ptr + v_row[:, None] + kv_head * v_sh + d[None, :], v, mask=v_mask)
