@@ -10,6 +10,7 @@
 #include "arch/sm90/dependent_launch.cuh"
 #include "decode/append.cuh"
 #include "decode/combine.cuh"
+#include "sm90/decode/slices.cuh"
 #include "sm90/decode/stream.cuh"
 
 namespace longgen::sm90 {
@@ -26,17 +27,6 @@ __device__ __forceinline__ Lengths read_lengths(const DecodeParams& params, int 
   const int old = __ldcg(params.cache.seqlens + sequence);
   return {old, old + decode::new_tokens(params.new_tokens, sequence)};
 }
-
-// How the blocks of a cluster share out the pairs of elements that they merge: each a run of 2^log2
-// of them, the last ones fewer or none. No division: what a call does once it does slowly.
-struct Slices {
-  int pairs, log2;
-  static __device__ __forceinline__ Slices of(int pairs, int blocks) {
-    return {pairs, max(32 - __clz(pairs - 1) - (31 - __clz(blocks)), 0)};
-  }
-  __device__ int first(int rank) const { return rank << log2; }
-  __device__ int size(int rank) const { return max(min(1 << log2, pairs - first(rank)), 0); }
-};
 
 // Says how much the other blocks, and this one, will write here. Once, before the cluster's
 // barrier.
@@ -66,7 +56,7 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
         const decode::Part part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
           return decode::part_of(found(w), row, column, factors.scores(params));
         });
-        const int i = row * kPairs + column / 2, owner = i >> slices.log2;
+        const int i = row * kPairs + column / 2, owner = slices.owner(i);
         store_remote(shared.part_out + slices.first(split) + i - slices.first(owner), shared.merged,
                      owner, part.out);
         if (column != 0) return;

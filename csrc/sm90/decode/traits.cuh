@@ -50,7 +50,8 @@ struct DecodeTraits {
   struct Shared {
     alignas(1024) char ring[kWarps][kStages][kStageBytes];  // in the end a warp's Found
     Inputs inputs;
-    // (block, pair of this block's slice): less than twice all pairs, as slices are powers of 2.
+    // (block, pair of this block's slice): slices are powers of 2, and together less than twice the
+    // power of 2 that holds all pairs.
     float2 part_out[kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
