@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <cmath>
+#include <stdexcept>
 
 #include "cuda_check.h"
 #include "merge/row_tiles.h"
@@ -160,6 +161,8 @@ void with_access(const MergeShape& shape, bool aligned, Launch launch) {
       return aligned ? launch(Access<__nv_bfloat16, 8>{}) : launch(Access<__nv_bfloat16, 1>{});
     case DType::kFloat32:
       return aligned ? launch(Access<float, 4>{}) : launch(Access<float, 1>{});
+    default:
+      throw std::invalid_argument("the kernel takes float16, bfloat16 and float32");
   }
 }
 
