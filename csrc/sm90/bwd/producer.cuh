@@ -184,12 +184,14 @@ __device__ __forceinline__ void finish_load(typename Traits::Shared& shared) {
   if (thread % 32 != 0) return;
   uint32_t& n = shared.loads[thread / 32];
   const Item& item = shared.items[n % 2];
-  const int finished = shared.finishing_head;
-  if (Traits::kAddsDq && thread == 0)
+  int finished = -1;
+  if (Traits::kAddsDq && thread == 0) {
+    finished = shared.finishing_head;
     shared.finishing_head = item.last ? -1 : item.head(shared.params);
+  }
   shared.item_empty[n % 2].arrive();
   ++n;
-  if (Traits::kAddsDq && thread == 0 && finished >= 0) count_item(shared.params, finished);
+  if (finished >= 0) count_item(shared.params, finished);
 }
 
 // What is to do until the next item is there.
