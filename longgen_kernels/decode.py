@@ -13,6 +13,7 @@ from longgen_kernels.cache_scales import FP8
 from longgen_kernels.kernels.cache_problem import (
     CacheProblem,
     CacheTensors,
+    NewTokens,
     check_cache,
     check_new_tokens,
     check_queries,
@@ -129,19 +130,21 @@ def longgen_attn_with_kvcache(
         if k is None or v is None:
             if isinstance(cache, KVCache):
                 cache.check_still_kept(n)
-            out, lse = _attend(q, tensors, scale, -n, backend)
+            out, lse = kvcache_ops.attend(CacheProblem(q, tensors, scale, -n), backend)
         elif not isinstance(cache, KVCache):
-            out, lse = _append_and_attend(q, tensors, k, v, counts, False, scale, backend)
+            problem = CacheProblem(q, tensors, scale, 0, NewTokens(k, v, counts, advance=False))
+            out, lse = kvcache_ops.attend(problem, backend)
         else:
             cache.reserve(n)
             tensors = cache.tensors  # it may have grown
             if n <= MAX_QUERY_TOKENS:
-                out, lse = _append_and_attend(q, tensors, k, v, counts, True, scale, backend)
+                problem = CacheProblem(q, tensors, scale, 0, NewTokens(k, v, counts))
+                out, lse = kvcache_ops.attend(problem, backend)
                 cache.advanced(n, None if counts is None else 0)
             else:
                 out, lse = _attend_to_chunk(q, k, v, tensors, scale, backend)
                 if not cache.is_empty:
-                    cached = _attend(q, tensors, scale, 0, backend)
+                    cached = kvcache_ops.attend(CacheProblem(q, tensors, scale), backend)
                     out, lse = torch.ops.longgen_kernels.merge_attn_states(out, lse, *cached, backend)
                 cache.append(k, v, counts, backend=backend)
     return (out, lse) if return_lse else out
@@ -201,29 +204,6 @@ def _tensors(
 
 def _described(x: object) -> str:
     return f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-
-
-def _layout(cache: CacheTensors) -> tuple[Tensor | None, Tensor | None, list[int], int]:
-    ring = cache.layout.ring
-    return cache.tickets, cache.block_table, cache.layout.pattern.encode(), -1 if ring is None else ring
-
-
-def _attend(q: Tensor, cache: CacheTensors, scale: float, q_offset: int, backend: str) -> tuple[Tensor, Tensor]:
-    out, lse = torch.ops.longgen_kernels.kvcache_attn(
-        q, cache.k, cache.v, cache.seqlens, *_layout(cache), scale, q_offset, backend, cache.k_scale, cache.v_scale
-    )
-    return out, lse
-
-
-def _append_and_attend(
-    q: Tensor, cache: CacheTensors, k: Tensor, v: Tensor, counts: Tensor | None, advance: bool, scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = torch.ops.longgen_kernels.kvcache_append_attn(
-        q, cache.k, cache.v, cache.seqlens, *_layout(cache), k, v, counts, advance, scale, backend,
-        cache.k_scale, cache.v_scale,
-    )  # fmt: skip
-    return out, lse
 
 
 def _attend_to_chunk(

@@ -125,3 +125,27 @@ def test_short_caches_are_split_into_clusters(kv_heads: int, slots: int, want: t
     splits, clustered = decode._splits(cache_of(kv_heads, slots), kv_heads, 132, False)
     assert not clustered
     assert splits * kv_heads <= max(132, kv_heads) * 2
+
+
+def test_one_tokens_keys_and_values_are_not_copied() -> None:
+    """RoPE leaves keys (batch, heads, n, head_dim) behind, values come as they were projected."""
+    for n, same in ((1, True), (2, False)):
+        k = torch.zeros(2, 4, n, 64, dtype=torch.bfloat16).transpose(1, 2)
+        v = torch.zeros(2, n, 4, 64, dtype=torch.bfloat16)
+        assert k.stride() != v.stride()
+        taken = decode._aligned(k, v)
+        assert (taken[0] is k and taken[1] is v) == same
+        assert same or taken[0].stride() == taken[1].stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 3])
+def test_keys_and_values_of_two_layouts(n: int, poison: Any) -> None:
+    model, cache = model_and_cache(PATTERNS["sink and window"], "cuda", poison, batch=2)
+    _, alike = model_and_cache(PATTERNS["sink and window"], "cuda", poison, batch=2)
+    for _ in range(3):
+        q, k, v = new_tokens(model, n, 4)
+        turned = k.transpose(1, 2).contiguous().transpose(1, 2)
+        assert turned.stride() != v.stride()
+        out = longgen_attn_with_kvcache(q, cache, turned, v)
+        assert torch.equal(out, longgen_attn_with_kvcache(q, alike, k, v))

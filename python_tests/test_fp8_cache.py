@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv_cache import MAX_SEQLEN, PHASES, backends, lengths_around_boundaries, settings_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longgen_kernels import PagedKVCache, PagePool, SparseKVCache, explain_append, longgen_attn_with_kvcache
 from longgen_kernels.cache_scales import FP8, quantised
@@ -231,6 +232,23 @@ def test_operators(poison: Any) -> None:
     ):
         # The other checks compare what was written by torch.allclose, which does not take fp8.
         torch.library.opcheck(op, args, test_utils=("test_autograd_registration", "test_faketensor"))
+
+
+class Watched(TorchDispatchMode):
+    """Sees every operator, and so keeps calls from being made without one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_attention_through_the_operators_is_the_same(poison: Any) -> None:
+    model, cache = model_and_cache("sink and window", "reference", poison)
+    append(model, cache, 40, "reference")
+    with Watched():
+        step(model, cache, 3, "reference")
+        q, _, _ = new_tokens(model, 1, 4)
+        got = longgen_attn_with_kvcache(q, cache, return_lse=True, backend="reference")
+    assert_close(got, model.attend(q, [length - 1 for length in model.lengths]))
 
 
 @pytest.mark.parametrize("paged", [False, True])

@@ -195,8 +195,9 @@ def test_data_parallel(batch, tmp_path):
     expected = loss_and_gradients(hybrid(), **batch)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model = DistributedDataParallel(hybrid())
-        value, gradients = loss_and_gradients(model, **batch)
+        # The wrapper ends here, before the group does: the last owner of a group joins its threads, and a wrapper does
+        # so with Python's lock held, which a thread that frees a finished all-reduce waits for.
+        value, gradients = loss_and_gradients(DistributedDataParallel(hybrid()), **batch)
     finally:
         torch.distributed.destroy_process_group()
     gradients = {name.removeprefix("module."): gradient for name, gradient in gradients.items()}

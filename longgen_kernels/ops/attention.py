@@ -16,6 +16,7 @@ from torch import Tensor
 from longgen_kernels import dispatch
 from longgen_kernels.kernels import cuda, reference, triton
 from longgen_kernels.kernels.problem import AttentionProblem
+from longgen_kernels.ops.eager import is_plain_eager
 from longgen_kernels.patterns import BlockMask, decode_pattern
 
 BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
@@ -121,24 +122,14 @@ def _attn_bwd_fake(
 
 
 def attend(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
-    """Runs a checked problem through its operator, or without it where nobody could tell.
-
-    The dispatcher takes 20 microseconds. In plain eager mode, with ordinary tensors and nothing that traces, transforms
-    or intercepts operators, what the operator does is done directly.
-    """
+    """Runs a checked problem through its operator, or without it where nobody could tell."""
     q, k, v = problem.q, problem.k, problem.v
     if problem.block_table is not None:
         out, lse = torch.ops.longgen_kernels.attn_paged_fwd.default(
             q, k, v, problem.block_table, *_arguments(problem, backend)
         )
         return out, lse
-    plain = (
-        type(q) is type(k) is type(v) is Tensor
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-    if not plain:
+    if not is_plain_eager(q, k, v):
         out, lse = torch.ops.longgen_kernels.attn_fwd.default(q, k, v, *_arguments(problem, backend))
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _Attention.apply(None, q, k, v, *_arguments(problem, backend))  # type: ignore[no-untyped-call]

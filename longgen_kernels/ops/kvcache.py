@@ -16,6 +16,7 @@ from longgen_kernels import dispatch
 from longgen_kernels.cache_layout import CacheLayout
 from longgen_kernels.kernels import cuda, reference, triton
 from longgen_kernels.kernels.cache_problem import CacheProblem, CacheTensors, NewTokens
+from longgen_kernels.ops.eager import is_plain_eager
 from longgen_kernels.patterns import AttentionPattern, decode_pattern
 
 BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
@@ -43,6 +44,28 @@ def support(problem: CacheProblem) -> dict[str, dispatch.Support]:
 def append_support(cache: CacheTensors) -> dict[str, dispatch.Support]:
     """For each backend the question whether it can append to this cache."""
     return {name: lambda b=backend: b.cache_unsupported(cache) for name, backend in BACKENDS.items()}  # type: ignore[misc]
+
+
+def attend(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
+    """Runs a checked problem through its operator, or without it where nobody could tell. No gradients."""
+    q, cache, new = problem.q, problem.cache, problem.new
+    if is_plain_eager(q, cache.k, *((new.k, new.v) if new else ())):
+        return _run(problem, backend)
+    ring = cache.layout.ring
+    arguments = (
+        q, cache.k, cache.v, cache.seqlens, cache.tickets, cache.block_table, cache.layout.pattern.encode(),
+        -1 if ring is None else ring,
+    )  # fmt: skip
+    rest = (backend, cache.k_scale, cache.v_scale)
+    if new is None:
+        out, lse = torch.ops.longgen_kernels.kvcache_attn.default(
+            *arguments, problem.softmax_scale, problem.q_offset, *rest
+        )
+    else:
+        out, lse = torch.ops.longgen_kernels.kvcache_append_attn.default(
+            *arguments, new.k, new.v, new.counts, new.advance, problem.softmax_scale, *rest
+        )
+    return out, lse
 
 
 def _cache(

@@ -196,6 +196,14 @@ def _tickets(cache: CacheTensors) -> Tensor:
 
 def _aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, or copies of them, with aligned rows and one layout in memory."""
-    if all(has_aligned_rows(x) and x.stride() == tensors[0].stride() for x in tensors):
+    if all(has_aligned_rows(x) and _lie_alike(x, tensors[0]) for x in tensors):
         return tensors
     return tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
+
+
+def _lie_alike(x: Tensor, y: Tensor) -> bool:
+    """Whether elements of one index lie equally far from the start. One token's keys and values, of which a model has
+    turned only the keys, do so although the strides of the one token differ."""
+    return x.stride() == y.stride() or all(
+        s == t or n == 1 for s, t, n in zip(x.stride(), y.stride(), x.shape, strict=True)
+    )
