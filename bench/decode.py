@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import json
 import math
 import sys
@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from bench import machine
 from longgen_kernels import AttentionPattern, SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.benchmark import gate
-from longgen_kernels.benchmark.peers import one_line
+from longgen_kernels.benchmark.packages import one_line, why_not_installed
 from longgen_kernels.benchmark.timing import Effort, Result, Timing, measure
 
 SEEN = 131072  # tokens, of which a sparse cache keeps a part
@@ -132,20 +132,51 @@ def sdpa(backend: SDPBackend) -> Callable[[DecodeCase, torch.device], list[Step]
     return lambda case, device: [layer(case, device) for _ in range(case.layers)]
 
 
-def fa3(case: DecodeCase, device: torch.device) -> list[Step]:
-    """FlashAttention-3's decoding, where it is installed."""
-    import flash_attn_interface  # type: ignore[import-not-found]
+def flash_attn(module: str) -> Callable[[DecodeCase, torch.device], list[Step]]:
+    """flash-attn's decoding over a compact cache, where that package is installed."""
 
-    lengths = torch.full((case.batch,), case.kept, dtype=torch.int32, device=device)
+    def layers(case: DecodeCase, device: torch.device) -> list[Step]:
+        attend: Any = importlib.import_module(module).flash_attn_with_kvcache
+        lengths = torch.full((case.batch,), case.kept, dtype=torch.int32, device=device)
+
+        def layer() -> Step:
+            q = _normal(case, device, 1, case.q_heads)
+            k, v = (_normal(case, device, case.kept, case.kv_heads) for _ in range(2))
+            return lambda: attend(q, k, v, cache_seqlens=lengths)
+
+        return [layer() for _ in range(case.layers)]
+
+    return layers
+
+
+def flashinfer(case: DecodeCase, device: torch.device) -> list[Step]:
+    """FlashInfer's decoding over pages of 16 tokens, planned once for all layers, where it is installed."""
+    wrapper: Any = importlib.import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper
+    page = 16
+    pages = -(-case.kept // page)
+    firsts = torch.arange(0, (case.batch + 1) * pages, pages, dtype=torch.int32, device=device)
+    indices = torch.arange(case.batch * pages, dtype=torch.int32, device=device)
+    last = torch.full((case.batch,), case.kept - (pages - 1) * page, dtype=torch.int32, device=device)
+    decoder = wrapper(
+        torch.empty(128 << 20, dtype=torch.uint8, device=device), "NHD", use_cuda_graph=True,
+        use_tensor_cores=case.q_heads > case.kv_heads, paged_kv_indptr_buffer=firsts.clone(),
+        paged_kv_indices_buffer=indices.clone(), paged_kv_last_page_len_buffer=last.clone(),
+    )  # fmt: skip
+    decoder.plan(
+        firsts, indices, last, case.q_heads, case.kv_heads, case.head_dim, page,
+        q_data_type=case.dtype, kv_data_type=case.dtype,
+    )  # fmt: skip
 
     def layer() -> Step:
-        q = _normal(case, device, 1, case.q_heads)
-        k, v = (_normal(case, device, case.kept, case.kv_heads) for _ in range(2))
-        return lambda: flash_attn_interface.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+        q = _normal(case, device, 1, case.q_heads)[:, 0]
+        shape = (case.batch * pages, page, case.kv_heads, case.head_dim)
+        cache = tuple(torch.randn(shape, device=device, dtype=case.dtype) for _ in range(2))
+        return lambda: decoder.run(q, cache)
 
     return [layer() for _ in range(case.layers)]
 
 
+PACKAGES = {"flash_attn": "flash_attn", "fa3": "flash_attn_interface", "flashinfer": "flashinfer"}
 PEERS: dict[str, Callable[[DecodeCase, torch.device], list[Step]]] = {
     "cuda": ours("cuda", append=False),
     "cuda_append": ours("cuda", append=True),
@@ -156,7 +187,9 @@ PEERS: dict[str, Callable[[DecodeCase, torch.device], list[Step]]] = {
     "triton_fp8": ours("triton", append=False, fp8=True),
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
     "fa2_sdpa": sdpa(SDPBackend.FLASH_ATTENTION),
-    "fa3": fa3,
+    "flash_attn": flash_attn(PACKAGES["flash_attn"]),
+    "fa3": flash_attn(PACKAGES["fa3"]),
+    "flashinfer": flashinfer,
     "reference": ours("reference", append=True),
 }
 
@@ -223,8 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.quick else "cpu")
     on_gpu = device.type == "cuda"
-    has_fa3 = importlib.util.find_spec("flash_attn_interface") is not None
-    installed = [name for name in PEERS if name != "reference" and (name != "fa3" or has_fa3)]
+    absent = {name: why_not_installed(module, device) for name, module in PACKAGES.items()}
+    installed = [name for name in PEERS if name != "reference" and absent.get(name) is None]
     peers = args.peers.split(",") if args.peers else installed if on_gpu else ["reference"]
     cases = [QUICK] if args.quick else [CASES[name] for name in args.cases.split(",")]
     effort = Effort(args.budget, cuda_graph=on_gpu) if on_gpu else Effort(0.0, warmups=1, min_repeats=3)

@@ -24,7 +24,7 @@ from bench import machine
 from bench.whole_models import SHAPES, Contender, contenders
 from longgen_kernels import AttentionPattern
 from longgen_kernels.benchmark.cases import PATTERNS, length_name, parse_length
-from longgen_kernels.benchmark.peers import one_line
+from longgen_kernels.benchmark.packages import one_line
 from longgen_kernels.benchmark.timing import synchronize
 
 PARTS = ("prefill", "decode", "train")

@@ -18,10 +18,10 @@ from longgen_kernels.benchmark.cases import LENGTHS, PASSES, PATTERNS, VARIANTS,
 from longgen_kernels.benchmark.peers import Peer, all_peers
 from longgen_kernels.benchmark.results import Document
 from longgen_kernels.benchmark.runner import Plan, Runner
-from longgen_kernels.benchmark.timing import Effort
+from longgen_kernels.benchmark.timing import Effort, matmul_tflops
 
 DEFAULT_PEERS = {
-    "cuda": ("cuda", "triton", "flex", "cudnn", "fa2_sdpa", "flash_attn", "fa3"),
+    "cuda": ("cuda", "triton", "flex", "cudnn", "fa2_sdpa", "flash_attn", "fa3", "fa4", "block_sparse_attn"),
     "cpu": ("reference",),
 }
 BASELINES = ("flex", "fa3", "cudnn")  # what ratios are printed to, if nothing else is asked for
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None, peers: dict[str, Peer] | None = None
     _announce(document, plan)
     runner = Runner(device, args.passes, effort, seed=args.seed, log=_progress)
     document.clocks["before"] = machine.clocks(device)
+    if device.type == "cuda":
+        document.matmul_tflops = matmul_tflops(device)
     # A graph is captured on a stream of its own, and a backward pass runs on the stream of its forward.
     stream = torch.cuda.stream(torch.cuda.Stream(device)) if args.cuda_graph else contextlib.nullcontext()
     with stream:
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None, peers: dict[str, Peer] | None = None
     if args.out is not None:
         document.save(args.out)
 
-    print(report.table(document.records, baseline))
+    print(report.table(document.records, baseline, document.matmul_tflops))
     print(f"{time.perf_counter() - started:.0f} s" + (f", written to {args.out}" if args.out else ""))
     return 1 if any(record.status == "refused" for record in document.records) else 0
 

@@ -32,7 +32,7 @@ from longgen_kernels.benchmark.cases import PATTERNS, length_name, parse_length
 from longgen_kernels.benchmark.timing import synchronize
 from model_integration.attention import NAME
 from model_integration.context_parallel import EXCHANGES
-from model_integration.parallel_trainer import IGNORED, shard_model, sharded_loss
+from model_integration.training.parallel_trainer import IGNORED, shard_model, sharded_loss
 
 GIB = 1 << 30
 

@@ -9,7 +9,7 @@ from model_integration.configuration import (
     LongGenQwen2Config,
     LongGenQwen3Config,
 )
-from model_integration.decoding import GraphDecoder, generate_with_graph
+from model_integration.decoding import GraphDecoder
 from model_integration.modeling import (
     HYBRID_MODELS,
     LongGenLlamaForCausalLM,
@@ -42,5 +42,4 @@ __all__ = [
     "LongGenQwen3Config",
     "LongGenQwen3ForCausalLM",
     "LongGenQwen3Model",
-    "generate_with_graph",
 ]

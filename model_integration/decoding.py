@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model_integration import attention
 from model_integration.cache import LongGenCache
-from model_integration.modeling import LongGenForCausalLM
-
-#: What `generate` can return beside the tokens, and the graph does not keep.
-_EXTRAS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+from model_integration.configuration import LongGenConfig
 
 
-def graph_unsupported(model: LongGenForCausalLM) -> str | None:
+def graph_unsupported(model: PreTrainedModel) -> str | None:
     """Why this model's decoding step cannot be captured; None if it can."""
     implementation = model.config._attn_implementation
     if implementation != attention.NAME:
@@ -64,8 +59,8 @@ class GraphDecoder:
     (torch.Size([1, 50]), 15)
     """
 
-    def __init__(self, model: LongGenForCausalLM, cache: LongGenCache) -> None:
-        if not isinstance(model, LongGenForCausalLM):
+    def __init__(self, model: PreTrainedModel, cache: LongGenCache) -> None:
+        if not isinstance(getattr(model, "config", None), LongGenConfig) or model.get_output_embeddings() is None:
             raise TypeError(
                 f"model must be a LongGen hybrid with a language-modelling head, got {type(model).__name__}"
             )
@@ -121,10 +116,39 @@ class GraphDecoder:
         return logits
 
 
+class GraphedCall:
+    """A hybrid's call as `generate` makes it, in which single tokens behind a LongGenCache are a GraphDecoder's steps.
+
+    The first of them is computed as usual: the model checks what the mask and the position ids say, and so does this
+    class. Prompts and their chunks, and a call for hidden states or attentions, are always computed as usual.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._decoder: GraphDecoder | None = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's own arguments and result; of the logits the last token's, valid until the next call."""
+        ids, cache = inputs.get("input_ids"), inputs["past_key_values"]
+        extras = inputs.get("output_hidden_states") or inputs.get("output_attentions")
+        if ids is None or ids.shape[1] != 1 or cache.get_seq_length() == 0 or extras:
+            return self._model(**inputs)
+        if self._decoder is None or self._decoder.cache is not cache:
+            positions = inputs.get("position_ids")
+            counted = cache.kv[0].seqlens.long()[:, None]
+            if positions is None or torch.equal(positions, counted.expand_as(positions)):
+                self._decoder = GraphDecoder(self._model, cache)
+            return self._model(**inputs)
+        logits = self._decoder.step(ids)
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+
 def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     """A function that replays `call` as a CUDA graph and returns the graph's own output."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+    stream = torch.cuda.Stream(device)
+    # thread_local: what other threads of a server do on the GPU meanwhile is no error.
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         result = call()
 
     def replay() -> Tensor:
@@ -133,74 +157,3 @@ def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], T
         return result
 
     return replay
-
-
-def generate_with_graph(
-    model: LongGenForCausalLM, inputs: Tensor | None = None, *, streamer: BaseStreamer | None = None, **options: Any
-) -> Tensor | GenerateDecoderOnlyOutput:
-    """`model.generate(inputs, ...)`, greedy or sampling, with the steps of a GraphDecoder: the same tokens, sooner.
-
-    Args:
-        options: what `generate` takes: `max_new_tokens`, `do_sample`, `attention_mask`, `past_key_values`,
-            `prefill_chunk_size`, stopping criteria, logits processors, a generation config.
-
-    Returns what `generate` does. Raises NotImplementedError for beams, assistants and every other mode than greedy and
-    sampling, for scores, logits, attentions and hidden states in the output, for another cache than a LongGenCache, and
-    where the step cannot be captured.
-    """
-    if options.get("assistant_model") is not None:
-        raise NotImplementedError("assistant_model: a CUDA graph decodes one token at a time; use model.generate")
-    reason = graph_unsupported(model)
-    if reason is not None:
-        raise NotImplementedError(f"decoding with a CUDA graph: {reason}; use model.generate")
-    # transformers gives a custom loop no streamer.
-    loop = partial(_decode, streamer=streamer)
-    output: Tensor | GenerateDecoderOnlyOutput = model.generate(
-        inputs, streamer=streamer, custom_generate=loop, **options
-    )
-    return output
-
-
-def _decode(
-    model: LongGenForCausalLM,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    streamer: BaseStreamer | None = None,
-    **model_kwargs: Any,
-) -> Tensor | GenerateDecoderOnlyOutput:
-    """The loop that `generate` calls once it has prepared everything: tokens are chosen as in its own."""
-    mode, cache = generation_config.get_generation_mode(), model_kwargs.get("past_key_values")
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise NotImplementedError(f"{mode.value}: a CUDA graph decodes greedily or samples; use model.generate")
-    if not isinstance(cache, LongGenCache):
-        raise NotImplementedError(f"a CUDA graph needs a LongGenCache, got {type(cache).__name__}; use model.generate")
-    extras = [name for name in _EXTRAS if getattr(generation_config, name)]
-    if extras and generation_config.return_dict_in_generate:
-        raise NotImplementedError(f"{', '.join(extras)}: a CUDA graph keeps only the tokens; use model.generate")
-
-    logits = model._prefill(input_ids, generation_config, model_kwargs).logits[:, -1]
-    decoder = GraphDecoder(model, cache)
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
-    ends = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    while True:
-        scores = logits_processor(input_ids, logits.to(torch.float32, copy=True))
-        if generation_config.do_sample:
-            tokens = torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(-1)
-        if ends:
-            tokens = tokens * unfinished + generation_config._pad_token_tensor * (1 - unfinished)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-        if streamer is not None:
-            streamer.put(tokens.cpu())
-        unfinished = unfinished & ~stopping_criteria(input_ids, scores)
-        if not unfinished.any():
-            break
-        logits = decoder.step(tokens)
-    if streamer is not None:
-        streamer.end()
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
-    return input_ids

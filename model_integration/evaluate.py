@@ -1,7 +1,7 @@
 """Measure what a checkpoint makes of long texts: `python -m model_integration.evaluate --help`.
 
 Tasks are made here, from a seed and text that is at hand, so that a dense base model, its hybrid and a sparse-only
-model get the same prompts. `model_integration.tasks` says what they are, and what they are not.
+model get the same prompts. `model_integration.evaluation.tasks` says what they are, and what they are not.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from model_integration.data import (
     split_held_out,
     standard_library,
 )
-from model_integration.evaluate_arguments import FIXED_ON_RESUME, RESULTS_FILE, SETTINGS_FILE, parse_arguments
-from model_integration.reporting import plot_depths, plot_perplexity, results_table
-from model_integration.scoring import (
+from model_integration.evaluation.arguments import FIXED_ON_RESUME, RESULTS_FILE, SETTINGS_FILE, parse_arguments
+from model_integration.evaluation.reporting import plot_depths, plot_perplexity, results_table
+from model_integration.evaluation.scoring import (
     check_plain_head,
     encode,
     encode_prompt,
@@ -41,7 +41,7 @@ from model_integration.scoring import (
     score_answer,
     token_losses,
 )
-from model_integration.tasks import RETRIEVAL_TASKS, TASKS, Case, Haystack, make_cases, make_prompt
+from model_integration.evaluation.tasks import RETRIEVAL_TASKS, TASKS, Case, Haystack, make_cases, make_prompt
 
 PICTURE_TITLES = {
     "niah": "needle retrieval",

@@ -26,7 +26,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from model_integration.arguments import FREE_ON_RESUME, parse_arguments
 from model_integration.command_line import one_line_errors
 from model_integration.data import (
     DataError,
@@ -39,7 +38,8 @@ from model_integration.data import (
     standard_library,
 )
 from model_integration.modeling import HYBRID_MODELS
-from model_integration.reporting import BITS_PER_BYTE, ProgressBar, plot_losses
+from model_integration.training.arguments import FREE_ON_RESUME, parse_arguments
+from model_integration.training.reporting import BITS_PER_BYTE, ProgressBar, plot_losses
 
 SETTINGS_FILE = "finetune.json"
 

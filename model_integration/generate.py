@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, TextStreamer, set_seed
 from transformers.utils import logging
 
 from model_integration.attention import IMPLEMENTATIONS
 from model_integration.cache import LongGenCache
 from model_integration.command_line import OneLineParser
-from model_integration.decoding import generate_with_graph, graph_unsupported
-from model_integration.modeling import LongGenForCausalLM
 
 
 class TimedStreamer(TextStreamer):
@@ -84,14 +80,6 @@ def memory(cache: Cache) -> str:
     )
 
 
-def _generate(model: PreTrainedModel) -> Callable[..., Any]:
-    """`model.generate`, or where it can be captured the same with a CUDA graph of the decoding step."""
-    if model.device.type == "cuda" and isinstance(model, LongGenForCausalLM) and graph_unsupported(model) is None:
-        return partial(generate_with_graph, model)
-    generate: Callable[..., Any] = model.generate
-    return generate
-
-
 def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     args = parse_arguments(argv)
@@ -103,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
     sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p} if args.temperature else {}
     streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
-    output = _generate(model)(
+    output = model.generate(
         **inputs,
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0.0,

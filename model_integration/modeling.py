@@ -3,12 +3,14 @@
 The first three classes hold all that is new. The others join them with a model of transformers each.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     Cache,
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     LlamaForCausalLM,
@@ -38,6 +40,7 @@ from model_integration.configuration import (
     LongGenQwen3Config,
 )
 from model_integration.context_parallel import SequenceShard
+from model_integration.decoding import GraphedCall, graph_unsupported
 from model_integration.layout import SequenceLayout
 from model_integration.loss import next_token_loss
 
@@ -289,6 +292,24 @@ class LongGenForCausalLM(LongGenPreTrainedModel):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
+        """Whether greedy decoding and sampling take `get_compiled_call`'s steps instead of the model's own."""
+        if generation_config.compile_config is None and isinstance(model_kwargs.get("past_key_values"), LongGenCache):
+            on_gpu = self.device.type == "cuda" and graph_unsupported(self) is None
+            return on_gpu and not generation_config.disable_compile
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable[..., Any]:
+        """A call that replays a CUDA graph behind a LongGenCache, and what transformers compiles with other caches."""
+        graphed = GraphedCall(self)
+        others = super().get_compiled_call
+
+        def call(**inputs: Any) -> Any:
+            sparse = isinstance(inputs.get("past_key_values"), LongGenCache)
+            return graphed(**inputs) if sparse else others(compile_config)(**inputs)
+
+        return call
 
 
 class LongGenLlamaModel(LongGenModel, LlamaModel):

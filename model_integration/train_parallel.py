@@ -19,15 +19,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from model_integration.arguments import build_parser, parse_arguments
 from model_integration.attention import NAME
 from model_integration.command_line import OneLineParser, one_line_errors
 from model_integration.context_parallel import EXCHANGES, Sharding
 from model_integration.context_parallel.traffic import bytes_by_heads, bytes_by_keys
 from model_integration.data import DataError, TokenBlocks
 from model_integration.finetune import build_model, load_documents, load_tokenizer, prepare_output
-from model_integration.parallel_trainer import ParallelTrainer, shard_model
-from model_integration.reporting import BITS_PER_BYTE, plot_losses
+from model_integration.training.arguments import build_parser, parse_arguments
+from model_integration.training.parallel_trainer import ParallelTrainer, shard_model
+from model_integration.training.reporting import BITS_PER_BYTE, plot_losses
 
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 

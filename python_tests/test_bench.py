@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("bench", reason="the sources have no bench/")
 
-from bench import compare, decode, run
+from bench import compare, decode, revisions, run
 from longgen_kernels import AttentionPattern, longgen_attn_func
 from longgen_kernels.benchmark import report
 from longgen_kernels.benchmark.cases import (
@@ -38,6 +40,7 @@ from longgen_kernels.benchmark.results import Document, Record, load
 from longgen_kernels.benchmark.runner import Plan, Runner
 from longgen_kernels.benchmark.timing import Effort, Timing, measure
 
+ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 FAST = Effort(budget_s=0.0, warmups=1, min_repeats=2)
 SMALL = {
@@ -391,6 +394,10 @@ def test_table_shows_ratios_to_the_baseline_and_to_its_dense_figure() -> None:
     against_dense = report.table(records, "cudnn")
     assert "0.500*" in against_dense
     assert "dense causal" in against_dense
+    assert "of matmul" not in against_dense
+    against_matmul = report.table(records, "flex", 750.0)
+    assert "40%" in against_matmul
+    assert "of the 750 TFLOP/s" in against_matmul
 
 
 def test_quick_run_on_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -467,3 +474,41 @@ def test_a_wrong_kernel_is_not_timed_while_decoding(monkeypatch: pytest.MonkeyPa
     record = decode.time_case(decode.QUICK, "triton", torch.device("cpu"), Effort(0.0, min_repeats=2))
     assert record["status"] == "error"
     assert "wrong, so not timed: off by" in record["reason"]
+
+
+# -- pytest-benchmark -------------------------------------------------------------------------------------------------
+
+
+def test_the_pytest_suites_run_without_a_gpu(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    out = tmp_path / "suites.json"
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "-p", "no:cacheprovider", f"--benchmark-json={out}"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=ROOT, env=hidden, check=True, capture_output=True, timeout=300)
+    measured = {entry["group"] for entry in json.loads(out.read_text())["benchmarks"]}
+    assert measured == {
+        "forward", "backward", "decode", "append to a cache", "merge", "eager call overhead",
+        "plan of a block mask", "plan of an arithmetic pattern",
+    }  # fmt: skip
+
+
+# -- two revisions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
+def test_two_revisions_are_built_measured_and_compared(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("setuptools")
+    monkeypatch.setenv("LONGGEN_CUDA", "OFF")
+    options = ["--quick", "--device", "cpu", "--cases", "strided", "--lengths", "64", "--passes", "fwd"]
+    assert revisions.main(["HEAD", "HEAD", *options]) == 0
+    assert "strided/64/tiny  reference" in capfd.readouterr().out
+    listed = subprocess.run(["git", "worktree", "list"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "/before" not in listed
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
+def test_an_unknown_revision_is_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    assert revisions.main(["no-such-revision", "HEAD"]) == 1
+    assert "no-such-revision" in capfd.readouterr().err

@@ -1,13 +1,12 @@
-"""GraphDecoder and generate_with_graph: the tokens of `generate`, with one captured step replayed."""
+"""GraphDecoder, and `generate` with its steps: the same tokens, with one captured step replayed."""
 
 import copy
-from functools import partial
 from unittest import mock
 
 import pytest
 import torch
 from model_cases import SINK_WINDOW, SMALL, STRIDED, VOCABULARY
-from transformers import DynamicCache, set_seed
+from transformers import CompileConfig, DynamicCache, GenerationConfig, set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from longgen_kernels import SparseKVCache
@@ -17,8 +16,6 @@ from model_integration import (
     LongGenLlamaConfig,
     LongGenLlamaForCausalLM,
     decoding,
-    generate,
-    generate_with_graph,
 )
 
 PROMPT = 150
@@ -81,6 +78,11 @@ def graphs(monkeypatch):
         self._captures = True
 
     monkeypatch.setattr(GraphDecoder, "__init__", capturing)
+
+    def on_a_gpu(model, model_kwargs, generation_config):
+        return isinstance(model_kwargs.get("past_key_values"), LongGenCache) and not generation_config.disable_compile
+
+    monkeypatch.setattr(LongGenLlamaForCausalLM, "_valid_auto_compile_criteria", on_a_gpu)
     return graphs
 
 
@@ -170,78 +172,103 @@ def test_without_a_gpu_each_step_is_computed(model, tokens):
         {"prefill_chunk_size": 33},
         {"repetition_penalty": 1.3},
         {"max_new_tokens": 1},
+        {"max_new_tokens": 2},
         {"eos_token_id": list(range(1, VOCABULARY, 9)), "do_sample": True},
-        {"return_dict_in_generate": False},
+        {"output_scores": True, "output_logits": True},
     ],
-    ids=["greedy", "sampling", "several samples", "chunks", "penalty", "one token", "end of text", "tensor"],
+    ids=["greedy", "sampling", "several samples", "chunks", "penalty", "one token", "two", "end of text", "scores"],
 )
 @pytest.mark.parametrize("pads", [0, 9])
-def test_generation_says_what_generate_says(model, tokens, graphs, how, pads):
+def test_generation_says_the_same_with_a_graph(model, tokens, graphs, how, pads):
     real = torch.ones_like(tokens)
     real[0, :pads] = 0
     options = {**OPTIONS, "return_dict_in_generate": True, **how}
     rows = tokens[:1] if "num_return_sequences" in how else tokens
     options["attention_mask"] = real[: len(rows)]
     results = []
-    for decode in (model.generate, partial(generate_with_graph, model)):
+    for without in (True, False):
         set_seed(7)
-        results.append(decode(rows, **options))
-    if not options["return_dict_in_generate"]:
-        assert results[0].tolist() == results[1].tolist()
-        return
+        results.append(model.generate(rows, disable_compile=without, **options))
     assert results[0].sequences.tolist() == results[1].sequences.tolist()
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(results[0].get(name), results[1].get(name), rtol=0, atol=0)
     caches = [result.past_key_values for result in results]
     assert type(caches[1]) is LongGenCache
     assert host_counts(caches[0]) == host_counts(caches[1])
-    steps = results[0].sequences.shape[1] - PROMPT - 1
-    assert (graphs.captures, graphs.replays) == (int(steps > 1), max(0, steps - 1))
+    # The model's own step checks mask and positions, the decoder's first is not captured yet.
+    replays = max(0, results[0].sequences.shape[1] - PROMPT - 3)
+    assert (graphs.captures, graphs.replays) == (int(replays > 0), replays)
 
 
 def test_streams_what_generate_streams(model, tokens, graphs):
     streams = []
-    for decode in (model.generate, partial(generate_with_graph, model)):
+    for without in (True, False):
         streams.append(Collected())
-        decode(tokens[:1], streamer=streams[-1], **OPTIONS)
+        model.generate(tokens[:1], streamer=streams[-1], disable_compile=without, **OPTIONS)
     assert streams[0].tokens == streams[1].tokens
     assert len(streams[1].tokens) == 1 + OPTIONS["max_new_tokens"]
     assert streams[0].ended and streams[1].ended
+    assert graphs.replays > 0
 
 
 def test_continues_with_the_cache_of_an_earlier_call(model, tokens, graphs):
     options = {**OPTIONS, "return_dict_in_generate": True}
-    first = generate_with_graph(model, tokens, **options)
+    first = model.generate(tokens, **options)
     longer = torch.cat([first.sequences, tokens[:, :21]], dim=1)
-    second = generate_with_graph(model, longer, past_key_values=first.past_key_values, **options)
+    second = model.generate(longer, past_key_values=first.past_key_values, **options)
     assert second.past_key_values is first.past_key_values
-    assert second.sequences.tolist() == model.generate(longer, **options).sequences.tolist()
-
-
-def test_the_command_decodes_with_a_graph_where_it_can(monkeypatch):
-    hybrid, masked = make_model(), make_model(attn_implementation="sdpa")
-    assert generate._generate(hybrid) == hybrid.generate
-    monkeypatch.setattr(LongGenLlamaForCausalLM, "device", torch.device("cuda"))
-    assert generate._generate(hybrid).func is generate_with_graph
-    assert generate._generate(masked) == masked.generate
-
-
-# -- what is refused --------------------------------------------------------------------------------------------------
+    assert second.sequences.tolist() == model.generate(longer, disable_compile=True, **options).sequences.tolist()
+    assert graphs.captures == 2
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    "how",
     [
-        ({"num_beams": 2}, "beam_search: a CUDA graph decodes greedily or samples"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted_generation: a CUDA graph decodes greedily or samples"),
-        ({"assistant_model": object()}, "assistant_model: a CUDA graph decodes one token at a time"),
-        ({"use_cache": False}, "needs a LongGenCache, got NoneType"),
-        ({"cache_implementation": "dynamic"}, "needs a LongGenCache, got DynamicCache"),
-        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores: a CUDA graph keeps only the tokens"),
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"use_cache": False},
+        {"cache_implementation": "dynamic"},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda how: next(iter(how)),
 )
-def test_other_ways_of_generating_are_refused(tokens, how, message):
-    with pytest.raises(NotImplementedError, match=message):
-        generate_with_graph(make_model(), tokens[:1], **{**OPTIONS, **how})
+def test_other_ways_of_generating_take_the_models_own_steps(how, tokens, graphs):
+    model, results = make_model(), []
+    for without in (True, False):
+        output = model.generate(tokens[:1], **OPTIONS, **how, disable_compile=without)
+        results.append(output.tolist() if isinstance(output, torch.Tensor) else output.sequences.tolist())
+    assert results[0] == results[1]
+    assert graphs.captures == 0
+
+
+def test_position_ids_that_do_not_count_the_tokens_are_obeyed(model, tokens, graphs):
+    """A graph's positions are the cache's lengths; a caller's own gap before the prompt is not there to be seen."""
+    positions = torch.arange(PROMPT)[None].expand(2, -1) + 40
+    results = [
+        model.generate(tokens, position_ids=positions, disable_compile=without, **OPTIONS).tolist()
+        for without in (True, False)
+    ]
+    assert results[0] == results[1]
+    assert graphs.captures == 0
+
+
+def test_when_generate_takes_a_graph(monkeypatch):
+    hybrid, masked = make_model(), make_model(attn_implementation="sdpa")
+    sparse, dense = {"past_key_values": LongGenCache(hybrid.config)}, {"past_key_values": DynamicCache()}
+
+    def takes(model, cache, **options):
+        return model._valid_auto_compile_criteria(cache, GenerationConfig(**options))
+
+    assert not takes(hybrid, sparse)
+    monkeypatch.setattr(LongGenLlamaForCausalLM, "device", torch.device("cuda"))
+    assert takes(hybrid, sparse)
+    assert not takes(hybrid, dense)
+    assert not takes(masked, sparse)
+    assert not takes(hybrid, sparse, disable_compile=True)
+    assert not takes(hybrid, sparse, compile_config=CompileConfig())
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
 
 
 def test_models_whose_step_cannot_be_captured_are_refused(tokens):
@@ -252,8 +279,7 @@ def test_models_whose_step_cannot_be_captured_are_refused(tokens):
     ):
         with pytest.raises(NotImplementedError, match=message):
             GraphDecoder(model, LongGenCache(model.config))
-        with pytest.raises(NotImplementedError, match=message):
-            generate_with_graph(model, tokens, **OPTIONS)
+        assert model.generate(tokens, **OPTIONS).shape == (2, PROMPT + OPTIONS["max_new_tokens"])
 
 
 def test_bad_arguments(tokens):
@@ -303,7 +329,10 @@ def test_captured_steps_are_those_of_the_model(pattern, pads):
     assert [kv.seqlens.tolist() for kv in caches[0].kv] == [kv.seqlens.tolist() for kv in caches[1].kv]
     for how in ({}, {"do_sample": True, "top_k": 20}):
         results = []
-        for decode in (model.generate, partial(generate_with_graph, model)):
+        for without in (True, False):
             set_seed(7)
-            results.append(decode(tokens, attention_mask=real, **{**OPTIONS, **how}).tolist())
+            options = {**OPTIONS, **how, "disable_compile": without}
+            with mock.patch.object(decoding, "captured", wraps=decoding.captured) as capture:
+                results.append(model.generate(tokens, attention_mask=real, **options).tolist())
+            assert capture.call_count == int(not without)
         assert results[0] == results[1]

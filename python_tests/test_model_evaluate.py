@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaForCausalLM
 
 from longgen_kernels import AttentionPattern
-from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM, evaluate, scoring
+from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM, evaluate
 from model_integration.data import DataError, Document, byte_tokenizer
-from model_integration.scoring import encode, encode_prompt, mean_by_position, score_answer, token_losses
-from model_integration.tasks import (
+from model_integration.evaluation import scoring
+from model_integration.evaluation.scoring import encode, encode_prompt, mean_by_position, score_answer, token_losses
+from model_integration.evaluation.tasks import (
     MULTIKEY_NEEDLES,
     NEEDLE,
     Case,

@@ -9,7 +9,7 @@ from transformers import GPT2Config, LlamaConfig
 
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaForCausalLM, finetune
-from model_integration.arguments import parse_arguments
+from model_integration.training.arguments import parse_arguments
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama-2-7b-128k.yaml"
 

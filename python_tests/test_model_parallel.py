@@ -34,10 +34,10 @@ from model_integration.context_parallel.shard import cheaper_exchange
 from model_integration.context_parallel.traffic import bytes_by_heads, bytes_by_keys
 from model_integration.data import DataError, TokenBlocks, byte_tokenizer
 from model_integration.finetune import build_model, load_documents, load_tokenizer
-from model_integration.parallel_trainer import sequences_of_step
-from model_integration.reporting import BITS_PER_BYTE
-from model_integration.sharded_checkpoint import load_checkpoint
 from model_integration.train_parallel import main, parse_parallel_arguments
+from model_integration.training.parallel_trainer import sequences_of_step
+from model_integration.training.reporting import BITS_PER_BYTE
+from model_integration.training.sharded_checkpoint import load_checkpoint
 
 PATTERNS = {
     "sink and window": SINK_WINDOW,

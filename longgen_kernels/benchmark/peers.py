@@ -6,11 +6,9 @@ a case into calls (`prepare`). Tensors in and out are (batch, seqlen, heads, hea
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from longgen_kernels import AttentionPattern, explain_attention, longgen_attn_func
 from longgen_kernels.benchmark.cases import Case, Inputs
 from longgen_kernels.benchmark.flex import Flex
+from longgen_kernels.benchmark.packages import BlockSparseAttn, FlashAttn
 from longgen_kernels.benchmark.prepared import Prepared
 
 
@@ -87,43 +86,6 @@ class Sdpa:
         return Prepared(attend, inputs, heads_first=True)
 
 
-class FlashAttn:
-    """flash-attn 2 or 3: dense causal attention and sliding windows."""
-
-    def __init__(self, name: str, module: str) -> None:
-        self.name = name
-        self._module = module
-
-    def available(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return f"needs a GPU, this is {device.type}"
-        if importlib.util.find_spec(self._module) is None:
-            return f"{self._module} is not installed"
-        try:
-            importlib.import_module(self._module)
-        except Exception as error:  # a build for another torch fails in many ways; each is the reason
-            return f"{self._module} does not import: {one_line(error)}"
-        return None
-
-    def unsupported(self, case: Case, device: torch.device) -> str | None:
-        pattern = case.pattern
-        expressible = pattern.is_causal and not (pattern.sink or pattern.stride or pattern.window_blocks)
-        return None if expressible else "dense causal attention and token windows without a sink only"
-
-    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
-        flash_attn_func: Any = importlib.import_module(self._module).flash_attn_func
-        window = case.pattern.window
-        # flash-attn counts the keys to the left of the query, without its own.
-        window_size = (-1, -1) if window is None else (window - 1, 0)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            result = flash_attn_func(q, k, v, causal=True, window_size=window_size)
-            out: Tensor = result[0] if isinstance(result, tuple) else result  # some releases return the LSE too
-            return out
-
-        return Prepared(attend, inputs)
-
-
 def all_peers() -> dict[str, Peer]:
     """Every contender by name, ours first."""
     peers: Sequence[Peer] = (
@@ -136,11 +98,7 @@ def all_peers() -> dict[str, Peer]:
         Sdpa("fa2_sdpa", SDPBackend.FLASH_ATTENTION),
         FlashAttn("flash_attn", "flash_attn"),
         FlashAttn("fa3", "flash_attn_interface"),
+        FlashAttn("fa4", "flash_attn.cute"),
+        BlockSparseAttn(),
     )
     return {peer.name: peer for peer in peers}
-
-
-def one_line(error: BaseException) -> str:
-    """An exception as one line of at most 300 characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -10,10 +10,10 @@ import torch
 
 from longgen_kernels.benchmark.cases import length_name, make_cases
 from longgen_kernels.benchmark.peers import Peer, all_peers
-from longgen_kernels.benchmark.report import columns, milliseconds
+from longgen_kernels.benchmark.report import columns, milliseconds, share
 from longgen_kernels.benchmark.results import Record
 from longgen_kernels.benchmark.runner import Plan, Runner
-from longgen_kernels.benchmark.timing import Effort
+from longgen_kernels.benchmark.timing import Effort, matmul_tflops
 
 CASES = {
     "sink_window": "sink 128, window 2048",
@@ -21,10 +21,10 @@ CASES = {
     "causal": "dense causal",
 }
 OURS = ("cuda", "triton", "reference")
-GPU_PEERS = ("cuda", "triton", "flex", "cudnn", "fa2_sdpa", "flash_attn", "fa3")
+GPU_PEERS = ("cuda", "triton", "flex", "cudnn", "fa2_sdpa", "flash_attn", "fa3", "fa4", "block_sparse_attn")
 CPU_LENGTH = 2304  # longer than the windows, short enough for the reference
 VERDICTS = {"ok": "right", "refused": "WRONG", "error": "failed"}
-HEADER = ("attention", "pass", "kernel", "result", "ms", "TFLOP/s", "dense / this")
+HEADER = ("attention", "pass", "kernel", "result", "ms", "TFLOP/s", "of matmul", "dense / this")
 
 
 def run(seqlen: int, passes: Sequence[str], seconds: float, peers: dict[str, Peer] | None = None) -> int:
@@ -51,22 +51,25 @@ def run(seqlen: int, passes: Sequence[str], seconds: float, peers: dict[str, Pee
     there = [peers[name] for name in names if name not in absent]
     plan = Plan.of(make_cases(CASES, [seqlen], ["mha" if device.type == "cuda" else "tiny"]), there, device)
     effort = Effort(budget_s=0.1, min_repeats=3 if device.type == "cpu" else 5)
+    matmul = matmul_tflops(device, effort) if device.type == "cuda" else None
     records, complete = _measure(Runner(device, passes, effort, log=_progress), plan, passes[-1], seconds)
 
-    print(table(records))
+    print(table(records, matmul))
     for name, reason in absent.items():
         print(f"not measured: {name}: {reason}")
     if not complete:
         print(f"not complete: the {seconds:.0f} seconds were over; --seconds gives it more")
     print("\nright: checked against the reference before and after timing. TFLOP/s: visible pairs only.")
+    if matmul is not None:
+        print(f"of matmul: of the {matmul:.0f} TFLOP/s that a large bf16 matrix product reaches here.")
     print("dense / this: the time of the fastest dense causal attention of others, if one was measured, over this one.")
     failed = [record for record in records if record.peer in OURS and record.status in ("refused", "error")]
     return int(bool(failed) or not any(record.status == "ok" for record in records))
 
 
-def table(records: Sequence[Record]) -> str:
-    """A row for each record, and a line for each that has a reason instead of figures."""
-    rows = [_row(record, _dense_ms(records, record.which)) for record in records]
+def table(records: Sequence[Record], matmul: float | None = None) -> str:
+    """A row for each record, and a line for each that has a reason instead of figures; `matmul` in TFLOP/s."""
+    rows = [_row(record, _dense_ms(records, record.which), matmul) for record in records]
     failures = [
         f"{CASES[record.case['name']]}, {record.which}, {record.peer}: {record.reason}"
         for record in records
@@ -75,12 +78,12 @@ def table(records: Sequence[Record]) -> str:
     return "\n".join([columns(HEADER, rows), *failures])
 
 
-def _row(record: Record, dense_ms: float | None) -> tuple[str, ...]:
+def _row(record: Record, dense_ms: float | None, matmul: float | None) -> tuple[str, ...]:
     name = (CASES[record.case["name"]], record.which, record.peer, VERDICTS[record.status])
     if record.median_ms is None or record.tflops is None:
-        return (*name, "", "", "")
+        return (*name, "", "", "", "")
     ratio = "" if dense_ms is None else f"{dense_ms / record.median_ms:.2f}"
-    return (*name, milliseconds(record.median_ms), f"{record.tflops:.3g}", ratio)
+    return (*name, milliseconds(record.median_ms), f"{record.tflops:.3g}", share(record.tflops, matmul), ratio)
 
 
 def _dense_ms(records: Sequence[Record], which: str) -> float | None:

@@ -56,6 +56,8 @@ class Document:
     """Each peer that was asked for: None if it is there, otherwise why not."""
     clocks: dict[str, Any] = field(default_factory=lambda: {"before": None, "after": None})
     records: list[Record] = field(default_factory=list)
+    matmul_tflops: float | None = None
+    """What a large matrix product reached in the same run; None where that was not measured."""
     schema: int = SCHEMA
 
     def save(self, path: Path) -> None:

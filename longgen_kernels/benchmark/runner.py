@@ -10,7 +10,8 @@ import torch
 
 from longgen_kernels.benchmark.cases import Case, Inputs, make_inputs
 from longgen_kernels.benchmark.gate import WHOLE_UP_TO, Gate
-from longgen_kernels.benchmark.peers import Peer, one_line
+from longgen_kernels.benchmark.packages import one_line
+from longgen_kernels.benchmark.peers import Peer
 from longgen_kernels.benchmark.prepared import Prepared
 from longgen_kernels.benchmark.results import Record
 from longgen_kernels.benchmark.timing import Effort, Result, measure, poison, synchronize

@@ -70,6 +70,18 @@ def measure(call: Callable[[], Result], device: torch.device, effort: Effort | N
     return timed(call, effort.repeats(seconds), device)
 
 
+def matmul_tflops(device: torch.device, effort: Effort | None = None) -> float:
+    """TFLOP/s of a product of two 8192 x 8192 matrices in bf16: what attention, two such products, comes up against.
+
+    Attention over thousands of visible keys does hundreds of operations for each byte that it must move, so that not
+    memory is its limit.
+    """
+    n = 8192
+    a, b = (torch.randn(n, n, dtype=torch.bfloat16, device=device) for _ in range(2))
+    timing, _ = measure(lambda: a @ b, device, effort)
+    return 2 * n**3 / timing.median_ms / 1e9
+
+
 def captured(call: Callable[[], Result]) -> Callable[[], Result]:
     """A function that replays `call` as a CUDA graph and returns the graph's own output tensors."""
     graph = torch.cuda.CUDAGraph()

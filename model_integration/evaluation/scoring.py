@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from model_integration.data import DataError
-from model_integration.tasks import Prompt
+from model_integration.evaluation.tasks import Prompt
 
 #: Positions whose logits exist at once: 128K positions of Llama-3's vocabulary would take 62 GiB in fp32.
 LOGITS_CHUNK = 1024

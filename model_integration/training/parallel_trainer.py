@@ -26,8 +26,8 @@ from transformers import TrainerState, get_scheduler
 from model_integration.context_parallel import SequenceShard
 from model_integration.data import TokenBlocks
 from model_integration.modeling import LongGenForCausalLM
-from model_integration.reporting import BITS_PER_BYTE, ProgressBar
-from model_integration.sharded_checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from model_integration.training.reporting import BITS_PER_BYTE, ProgressBar
+from model_integration.training.sharded_checkpoint import TrainingState, load_checkpoint, save_checkpoint
 
 IGNORED = -100
 MAX_GRAD_NORM = 1.0

@@ -13,7 +13,7 @@ from model_integration import attention
 from model_integration.command_line import OneLineParser, UsageError, checkpoint_config
 from model_integration.configuration import LongGenConfig
 from model_integration.data import DataError, find_files
-from model_integration.tasks import TASKS
+from model_integration.evaluation.tasks import TASKS
 
 RESULTS_FILE = "results.jsonl"
 SETTINGS_FILE = "evaluate.json"

@@ -1,0 +1,4 @@
+"""What `evaluate` is made of.
+
+tasks <- arguments, scoring; reporting
+"""
