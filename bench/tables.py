@@ -1,7 +1,7 @@
 """Write the figures of README.md and docs/ from bench/results, tables and pictures: `python -m bench.tables`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->` in its page; pictures go to docs/images.
-`--check` writes nothing and exits with 1 where a page or picture is not what the result files say.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->` in its page; pictures go to docs/images, those
+of bench/diagrams too. `--check` writes nothing and exits with 1 where a page or picture is not what it is made from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import pictures
+from bench import diagrams, pictures
 from longgen_kernels import AttentionPattern, SparseKVCache
 from longgen_kernels.benchmark.results import load
 
@@ -211,8 +211,8 @@ def filled_in(page: str, text: str, written: Mapping[str, str]) -> str:
 
 
 def drawings() -> list[pictures.Picture]:
-    """Every picture, drawn from the same figures."""
-    drawn = [pictures.of_patterns()]
+    """Every picture: the diagrams, and the tables' figures as bars."""
+    drawn = [pictures.of_patterns(), *diagrams.drawings()]
     for table in (table for table in TABLES if table.quantity):
         figures = figures_of(RESULTS / table.file)
         drawn.append(pictures.of_bars(table.name, table.quantity, table.panels(figures), table.markdown(figures)))
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
     for name in changed:
-        print(f"{name}: {'is not what bench/results say; run python -m bench.tables' if args.check else 'written'}")
+        print(f"{name}: {'is not what it is made from; run python -m bench.tables' if args.check else 'written'}")
     return int(args.check and bool(changed))
 
 

@@ -112,6 +112,34 @@ AttentionBwdParams problem(const int32_t* code, const int32_t* mask_cols, const 
 
 }  // namespace
 
+// Lists the items of one head of a causal sequence: a row of `width` numbers for each, the position
+// of its first key, whether it is global, its number of query tiles, and these in the order in
+// which they pass. Returns how many items there are.
+extern "C" int list_items(const int32_t* code, int tokens, int multiprocessors, int width,
+                          int32_t* rows) {
+  AttentionBwdParams params{};
+  params.pattern = decode(code, nullptr, nullptr);
+  params.batch = params.q_heads = params.kv_heads = 1;
+  params.seqlen_q = params.seqlen_k = tokens;
+  params.head_dim = 128;
+  params.multiprocessors = multiprocessors;
+  params.plan = make_plan(params);
+  constexpr int kQueryTile = query_rows(128);
+  int found = 0;
+  for (int index = 0; index < params.plan.items; ++index) {
+    Item item{};
+    if (!find_item<kQueryTile>(params, index, item)) continue;
+    int32_t* row = rows + found++ * width;
+    *row++ = item.j_first;
+    *row++ = item.keys.global;
+    *row++ = item.steps;
+    const auto tiles = query_tiles<kQueryTile>(params, item, 0);
+    for (int i = item.first_step; i < item.first_step + item.steps; ++i)
+      *row++ = tiles.at(params.pattern, item.place(i, tiles.count()));
+  }
+  return found;
+}
+
 // Adds to owned[b, kv head, key row] how many key tiles hold the row, and to seen[b, head, query
 // row, key row] how often the pair is visited and shown. `sizes` are AttentionBwdParams' own, in
 // order, then the positions of the first rows and the number of multiprocessors. Returns the number

@@ -53,6 +53,27 @@ extern "C" int enumerate(const int32_t* code, const int32_t* mask_rows, int log2
   return 0;
 }
 
+// Lists the key tiles of the 128-row query tile at p_tile, of a causal sequence of k_len tokens, in
+// the order of their visits: the position of each box, and whether the tile is masked. Returns how
+// many they are.
+extern "C" int list_tiles(const int32_t* code, int log2_box, int p_tile, int k_len,
+                          int32_t* positions, int32_t* masked) {
+  const PatternParams pattern = decode(code, nullptr, nullptr);
+  const KeyBoxes boxes(pattern, log2_box, p_tile, p_tile + 127, 0, k_len, 0, 1, 0);
+  const int boxes_per_tile = 128 >> log2_box;
+  std::vector<BoxTiles> tiles(boxes_per_tile, BoxTiles(boxes, boxes_per_tile));  // one a lane
+  int visited = 0;
+  for (; !tiles[0].done(); ++visited) {
+    masked[visited] = 0;
+    for (int b = 0; b < boxes_per_tile; ++b) {
+      const Box box = tiles[b].next(b);
+      positions[visited * boxes_per_tile + b] = box.position;
+      masked[visited] |= box.masked;
+    }
+  }
+  return visited;
+}
+
 // Counts in items[batch, head, tile] how often the grid's list has each query tile.
 extern "C" void list_work(int batch, int heads, int q_tiles, int32_t* items) {
   AttentionFwdParams params{};

@@ -9,7 +9,7 @@ import pytest
 import torch
 from attention_cases import A, Case, dense, named_cases, packed, patterns_of_every_kind
 from attention_strategies import KINDS, random_cases
-from host_library import NVCC, address, code, compile_for_host
+from host_library import NVCC, ROOT, address, code, compile_for_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,6 +135,19 @@ def test_sums_are_cleared_and_converted_meanwhile(
     plan = np.zeros(5, dtype=np.int32)
     library.plan_of_sums(*map(address, (code(pattern), sizes, plan)))
     assert tuple(plan) == expected
+
+
+def test_the_documentation_draws_the_items_that_there_are(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)  # `bench` is run from the root and is not installed
+    drawing = pytest.importorskip("bench.diagrams.backward_items", reason="the sources have no bench/")
+    rows = np.zeros((100, 3 + drawing.TOKENS // drawing.QUERY_TILE), np.int32)
+    count = library.list_items(
+        address(code(drawing.PATTERN)), drawing.TOKENS, drawing.MULTIPROCESSORS, rows.shape[1], address(rows)
+    )
+    listed = [(key, bool(is_global), tuple(tiles[:n])) for key, is_global, n, *tiles in rows[:count].tolist()]
+    assert listed == [(item.key, item.is_global, item.query_tiles) for item in drawing.items()]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import A, patterns_of_every_kind, random_mask
-from host_library import NVCC, address, code, compile_for_host
+from host_library import NVCC, ROOT, address, code, compile_for_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +74,26 @@ def test_every_kind_of_pattern(kind: str, size: int, library: ctypes.CDLL) -> No
     ):
         check(library, pattern, *shape)
         check(library, pattern, *shape, page_size=16)
+
+
+def test_the_documentation_draws_the_tiles_that_are_visited(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)  # `bench` is run from the root and is not installed
+    key_tiles = pytest.importorskip("bench.diagrams.key_tiles", reason="the sources have no bench/")
+    for example in key_tiles.EXAMPLES:
+        per_tile = TILE // example.box
+        positions, masked = np.zeros((example.tiles, per_tile), np.int32), np.zeros(example.tiles, np.int32)
+        for query_tile in range(example.tiles):
+            drawn = key_tiles.visits(example, query_tile)
+            visited = library.list_tiles(
+                address(code(example.pattern)), example.box.bit_length() - 1, query_tile * TILE, example.seqlen,
+                address(positions), address(masked),
+            )  # fmt: skip
+            boxes = [[box.position for box in tile] for tile in drawn]
+            assert [tile[: len(want)] for tile, want in zip(positions[:visited].tolist(), boxes, strict=True)] == boxes
+            if query_tile == example.shown:
+                assert masked[:visited].tolist() == [key_tiles.is_masked(example, tile) for tile in drawn]
 
 
 @pytest.mark.parametrize(
