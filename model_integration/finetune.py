@@ -161,6 +161,16 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
+def check_optimizer(training: TrainingArguments) -> None:
+    """DataError for an optimizer whose package is not installed."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except ImportError as error:
+        raise DataError(f"--optimizer {training.optim.value}: {error}") from error
+    except ValueError:
+        pass  # some need the model too, which is not there yet
+
+
 def prepare_output(args: argparse.Namespace) -> str | None:
     """Make the output directory ready; the checkpoint to resume from, or None.
 
@@ -219,6 +229,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         os.environ["LONGGEN_BACKEND"] = args.backend
     tokenizer = load_tokenizer(args)
     training = training_arguments(args)
+    check_optimizer(training)
     with training.main_process_first(local=False):  # the others find what the first has tokenised
         checkpoint = prepare_output(args) if args.resume or training.process_index == 0 else None
         train, held_out = load_blocks(args, tokenizer)

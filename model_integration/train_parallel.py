@@ -164,7 +164,9 @@ def train_parallel(args: argparse.Namespace, device: torch.device) -> dict[str, 
 def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of loading and saving: the run's own bar is enough
     if "WORLD_SIZE" not in os.environ:
-        parallel_parser().error("start it with torchrun, which says how many processes there are")
+        parser = parallel_parser()
+        parser.parse_known_args(argv)  # --help, and what no number of processes would make right
+        parser.error("start it with torchrun, which says how many processes there are")
     args = parse_parallel_arguments(argv, int(os.environ["WORLD_SIZE"]))
     if args.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

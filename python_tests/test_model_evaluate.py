@@ -1,6 +1,8 @@
 """The evaluate command: its tasks say the truth, its scores are right, its files are complete, its errors are clear."""
 
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM, evaluate
 from model_integration.data import DataError, Document, byte_tokenizer
 from model_integration.evaluation import scoring
+from model_integration.evaluation.arguments import parse_arguments
 from model_integration.evaluation.scoring import encode, encode_prompt, mean_by_position, score_answer, token_losses
 from model_integration.evaluation.tasks import (
     MULTIKEY_NEEDLES,
@@ -340,6 +343,22 @@ def test_what_cannot_work_ends_in_one_line(arguments, message, checkpoints, text
     assert len(error) == 1
     assert error[0].startswith("python -m model_integration.evaluate: error: ")
     assert message.format(**places) in error[0]
+
+
+def test_what_a_later_task_cannot_do_is_said_before_the_first(checkpoints, text, tmp_path, capsys):
+    """niah has room in 300 tokens, multikey with its eight needles not."""
+    with pytest.raises(SystemExit):
+        run(checkpoints / "dense", text, tmp_path / "out", "--task", "niah,multikey", "--lengths", "300,600")
+    assert "--lengths 300: too short for --task multikey" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.jsonl").read_text() == ""
+
+
+def test_a_run_goes_by_the_name_of_its_training(checkpoints, tmp_path):
+    """finetune calls every checkpoint final/: their evaluations would meet in one directory."""
+    shutil.copytree(checkpoints / "dense", tmp_path / "stdlib" / "final")
+    for checkpoint, name in ((tmp_path / "stdlib" / "final", "stdlib"), (checkpoints / "hybrid", "hybrid")):
+        args = parse_arguments([str(checkpoint), "--lengths", "512", "--device", "cpu"])
+        assert args.out == Path("runs", "evaluate", name)
 
 
 def test_heads_that_do_more_are_refused_for_perplexity(checkpoints):

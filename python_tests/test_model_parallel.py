@@ -202,6 +202,10 @@ def test_without_torchrun(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "start it with torchrun" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_status:
+        main(["--help"])
+    assert exit_status.value.code == 0
+    assert "--sequence-parallel N" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_command(tmp_path):
