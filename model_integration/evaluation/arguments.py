@@ -74,7 +74,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m model_integration.evaluate",
         description="Measure a checkpoint, dense or LongGen, on long texts: retrieval of needles (niah), of one among "
-        "several (multikey), the most common of many words (aggregation), and perplexity on held-out text (ppl). The "
+        "several (multikey), where a thing was carried (whereabouts), the most common of many words (aggregation), and "
+        "perplexity on held-out text (ppl). The "
         "tasks are in the style of known benchmarks, and are none of them.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory of a causal language model")
