@@ -105,6 +105,8 @@ def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     for part, found in zip(parts, (train, held_out), strict=True):
         if not len(found):
             raise DataError(f"the {part} text is shorter than one sequence of {args.seq_length} tokens")
+    if args.separate_documents:
+        return train.apart(tokenizer.eos_token_id), held_out.apart(tokenizer.eos_token_id)
     return train, held_out
 
 

@@ -137,6 +137,8 @@ def train_parallel(args: argparse.Namespace, device: torch.device) -> dict[str, 
     for name, blocks in (("training", train), ("held-out", held_out)):
         if not len(blocks):
             raise DataError(f"the {name} text is shorter than one sequence of {args.seq_length} tokens")
+    if args.separate_documents:
+        train, held_out = (blocks.apart(tokenizer.eos_token_id) for blocks in (train, held_out))
     checkpoint = on_first_process(lambda: prepare_output(args))
     model = build_model(args)
     shard_model(model, init_device_mesh(device.type, (processes,)), compute_in_bf16=args.precision == "bf16")

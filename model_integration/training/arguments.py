@@ -108,6 +108,9 @@ def build_parser() -> OneLineParser:
     )
     group.add_argument("--held-out", type=float, default=0.05, help="share of the documents kept for evaluation")
     group.add_argument("--seq-length", type=int, help=f"tokens in a training sequence ({both('seq_length')})")
+    group.add_argument(
+        "--separate-documents", action="store_true", help="attention stays inside each document of a training sequence"
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--max-steps", type=int, help=f"optimizer steps ({both('max_steps')})")
