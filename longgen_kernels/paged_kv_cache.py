@@ -222,7 +222,9 @@ class PagedKVCache(KVCache):
         self._upload()
 
     def reset(self, sequence: int | None = None) -> None:
-        """Empties one sequence, or all, and returns their pages."""
+        """Empties one sequence, or all, and returns their pages; ValueError for a sequence that is not in the batch."""
+        if sequence is not None and not 0 <= sequence < self.batch:
+            raise ValueError(f"sequence must be in [0, {self.batch}), got {sequence}")
         for b in range(self.batch) if sequence is None else (sequence,):
             self._drop(self._table[b], range(len(self._table[b])))
             self._shortest[b] = self._longest[b] = self._reserved[b] = 0

@@ -10,17 +10,31 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import AutoConfig, PreTrainedConfig
 
 from longgen_kernels import AttentionPattern
+from model_integration import attention
 from model_integration.configuration import FULL_PLACEMENTS, HYBRID_CONFIGS, LongGenConfig
 
 PATTERN_OPTIONS = ("sink", "window", "window_blocks", "stride", "block_size", "head_phase_step")
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Names the defaults, but of flags and of options whose help says itself what is done without them."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default == []:
+            return action.help
+        return super()._get_help_string(action)
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """argparse with one line for an error, instead of the usage of forty options."""
+    """argparse with one line for an error, instead of the usage of forty options; its help names defaults."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, formatter_class=_Defaults)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
@@ -103,6 +117,41 @@ def share(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number and no fraction such as 1/3") from error
 
 
+def seed(text: str) -> int:
+    """A number that every generator of random numbers takes."""
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; valid are whole numbers from 0 to 2^32 - 1")
+    return number
+
+
+def check_device(name: str) -> torch.device:
+    """The device that `--device` names; UsageError for one that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: no such device; valid are cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} usable CUDA GPUs")
+    return device
+
+
+def implementation_for(config: PreTrainedConfig, checkpoint: Path, asked: str | None) -> str:
+    """What `--attn-implementation` says, or longgen for a hybrid and sdpa for others; UsageError where it cannot be."""
+    hybrid = isinstance(config, LongGenConfig)
+    if asked is None:
+        return attention.NAME if hybrid else "sdpa"
+    if asked == attention.NAME and not hybrid:
+        others = ", ".join(name for name in attention.IMPLEMENTATIONS if name != attention.NAME)
+        raise UsageError(
+            f"--attn-implementation {attention.NAME} needs a LongGen checkpoint, {checkpoint} is "
+            f"{config.model_type}; valid for it are {others}"
+        )
+    return asked
+
+
 def add_hybrid_options(parser: argparse.ArgumentParser, sink: str, window: str) -> None:
     """Add the options that `hybrid_config` reads; `sink` and `window` are the help's words for their defaults."""
     group = parser.add_argument_group("full layers and positions")
@@ -148,6 +197,8 @@ def hybrid_config(
 
     Raises UsageError where the options contradict each other or the model.
     """
+    if pattern is not None and pattern.keys() & {"stride", "window_blocks"} and "block_size" not in pattern:
+        raise UsageError("--stride and --window-blocks count blocks: give their --block-size")
     if args.full_layers is not None and (args.full_ratio is not None or args.full_placement is not None):
         raise UsageError("--full-layers excludes --full-ratio and --full-placement")
     for option, field in (

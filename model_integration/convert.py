@@ -45,7 +45,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         prog="python -m model_integration.convert",
         description="Turn a checkpoint into a LongGen hybrid without loading it: the weights stay as they are, "
         "the config gets a pattern for each layer. Options left out keep a hybrid's own.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="checkpoint directory of a dense or LongGen model")
     parser.add_argument("destination", type=Path, metavar="DST", help="directory to write; it must be new or empty")

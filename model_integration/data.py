@@ -158,6 +158,8 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         bytes_per_token: UTF-8 bytes per token over the documents; the end token counts, at no bytes.
     """
 
+    _end: int | None = None
+
     def __init__(
         self,
         documents: Sequence[Document],
@@ -210,12 +212,23 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         thin.tokens = self.tokens[np.linspace(0, len(self) - 1, min(blocks, len(self))).astype(int)]
         return thin
 
+    def apart(self, end: int) -> TokenBlocks:
+        """The same blocks with `position_ids` that begin anew behind each token `end`: documents do not see others."""
+        separate = copy(self)
+        separate._end = end
+        return separate
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         ids = torch.from_numpy(self.tokens[index].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+        block = {"input_ids": ids, "labels": ids}
+        if self._end is not None:
+            place = torch.arange(len(ids))
+            begins = torch.nn.functional.pad(ids[:-1] == self._end, (1, 0))
+            block["position_ids"] = place - torch.where(begins, place, 0).cummax(0).values
+        return block
 
 
 def _description(file: Path) -> Path:

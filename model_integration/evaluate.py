@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -41,7 +42,7 @@ from model_integration.evaluation.scoring import (
     score_answer,
     token_losses,
 )
-from model_integration.evaluation.tasks import RETRIEVAL_TASKS, TASKS, Case, Haystack, make_cases, make_prompt
+from model_integration.evaluation.tasks import RETRIEVAL_TASKS, TASKS, Case, Haystack, Prompt, make_cases, make_prompt
 
 PICTURE_TITLES = {
     "niah": "needle retrieval",
@@ -64,6 +65,10 @@ class Texts:
     @cached_property
     def haystack(self) -> Haystack:
         return Haystack(self.documents)
+
+    def prompt(self, case: Case) -> Prompt:
+        """The prompt of a case of any task but ppl; see `make_prompt` for what raises."""
+        return make_prompt(case, self.args.seed, self.haystack, lambda text: len(encode(self.tokenizer, text)))
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -105,7 +110,7 @@ def load_model(args: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_pretrained(
             args.checkpoint, attn_implementation=args.attn_implementation, dtype=args.dtype
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DataError(f"CHECKPOINT {args.checkpoint}: {str(error).splitlines()[0]}") from error
     return model.to(args.device).eval()
 
@@ -148,6 +153,16 @@ def prepare_output(args: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
+def check_lengths(cases: list[Case], tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
+    """DataError where a task's shortest length is too short for it, or the held-out text shorter than its longest."""
+    for task in dict.fromkeys(case.task for case in cases):
+        lengths = [case for case in cases if case.task == task]  # ascending
+        if task == "ppl":
+            texts.held_out_sequence(lengths[-1])
+        else:
+            texts.prompt(lengths[0])
+
+
 def run_case(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Texts, case: Case, seed: int) -> dict[str, Any]:
     """The result of one case, as a line of the results file says it."""
     result: dict[str, Any] = {**vars(case), "seed": seed}
@@ -159,7 +174,7 @@ def run_case(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Texts, case:
         ends, means = mean_by_position(losses)
         result |= {"tokens": len(ids), "expected": None, "got": None, "correct": None, "logprob": -float(losses.sum())}
         return result | {"answer_tokens": len(losses), "seconds": seconds, "positions": ends, "losses": means}
-    prompt = make_prompt(case, seed, texts.haystack, lambda text: len(encode(tokenizer, text)))
+    prompt = texts.prompt(case)
     prompt_ids, answer_ids = encode_prompt(tokenizer, prompt)
     started = time.perf_counter()
     score = score_answer(model, tokenizer, prompt_ids, answer_ids)
@@ -180,6 +195,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     cases = [case for case in make_cases(args.task, args.lengths, args.depths, args.samples) if case not in done]
     console = Console()
     if cases:
+        check_lengths(cases, tokenizer, texts)
         model = load_model(args)
         if "ppl" in args.task:
             check_plain_head(model)

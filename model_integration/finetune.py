@@ -105,6 +105,8 @@ def load_blocks(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) ->
     for part, found in zip(parts, (train, held_out), strict=True):
         if not len(found):
             raise DataError(f"the {part} text is shorter than one sequence of {args.seq_length} tokens")
+    if args.separate_documents:
+        return train.apart(tokenizer.eos_token_id), held_out.apart(tokenizer.eos_token_id)
     return train, held_out
 
 
@@ -159,6 +161,16 @@ def training_arguments(args: argparse.Namespace) -> TrainingArguments:
         dataloader_pin_memory=args.device != "cpu" and torch.cuda.is_available(),
         report_to="none",
     )
+
+
+def check_optimizer(training: TrainingArguments) -> None:
+    """DataError for an optimizer whose package is not installed."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training)
+    except ImportError as error:
+        raise DataError(f"--optimizer {training.optim.value}: {error}") from error
+    except ValueError:
+        pass  # some need the model too, which is not there yet
 
 
 def prepare_output(args: argparse.Namespace) -> str | None:
@@ -219,6 +231,7 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         os.environ["LONGGEN_BACKEND"] = args.backend
     tokenizer = load_tokenizer(args)
     training = training_arguments(args)
+    check_optimizer(training)
     with training.main_process_first(local=False):  # the others find what the first has tokenised
         checkpoint = prepare_output(args) if args.resume or training.process_index == 0 else None
         train, held_out = load_blocks(args, tokenizer)

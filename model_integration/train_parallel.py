@@ -137,6 +137,8 @@ def train_parallel(args: argparse.Namespace, device: torch.device) -> dict[str, 
     for name, blocks in (("training", train), ("held-out", held_out)):
         if not len(blocks):
             raise DataError(f"the {name} text is shorter than one sequence of {args.seq_length} tokens")
+    if args.separate_documents:
+        train, held_out = (blocks.apart(tokenizer.eos_token_id) for blocks in (train, held_out))
     checkpoint = on_first_process(lambda: prepare_output(args))
     model = build_model(args)
     shard_model(model, init_device_mesh(device.type, (processes,)), compute_in_bf16=args.precision == "bf16")
@@ -164,7 +166,9 @@ def train_parallel(args: argparse.Namespace, device: torch.device) -> dict[str, 
 def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()  # of loading and saving: the run's own bar is enough
     if "WORLD_SIZE" not in os.environ:
-        parallel_parser().error("start it with torchrun, which says how many processes there are")
+        parser = parallel_parser()
+        parser.parse_known_args(argv)  # --help, and what no number of processes would make right
+        parser.error("start it with torchrun, which says how many processes there are")
     args = parse_parallel_arguments(argv, int(os.environ["WORLD_SIZE"]))
     if args.device != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

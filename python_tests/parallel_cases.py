@@ -166,9 +166,13 @@ def train(directory: Path, further: list[str], out: Path | None = None) -> int:
 
 
 def first_run(directory: Path) -> tuple[dict[str, tuple[float, float]], int]:
-    """(differences of the cases, exit status of the whole training and of a short one in bf16)."""
+    """(differences of the cases, exit status of the whole training and of two short ones)."""
     bf16 = [*FIRST_RUN[1], "--precision", "bf16", "--max-steps", "3"]
-    return compare(), train(directory, FIRST_RUN[1]) or train(directory, bf16, directory / "bf16")
+    apart = [*FIRST_RUN[1], "--separate-documents", "--data", str(directory / "short texts"), "--max-steps", "2"]
+    differences, status = compare(), train(directory, FIRST_RUN[1])
+    return differences, status or train(directory, bf16, directory / "bf16") or train(
+        directory, apart, directory / "apart"
+    )
 
 
 def continued_run(directory: Path) -> tuple[dict[str, tuple[float, float]], int]:
@@ -196,7 +200,7 @@ def bench_run(directory: Path) -> int:
 def spawn(ranks: int, work: Callable[[Path], Any], directory: Path) -> list[Any]:
     """What `work(directory)` returns in each of `ranks` processes, whose environment is as torchrun makes it."""
     mp.set_forkserver_preload(["model_integration.train_parallel"])  # imported once, for all processes
-    mp.start_processes(_run, (ranks, free_ports(3), work, directory), ranks, start_method="forkserver")
+    mp.start_processes(_run, (ranks, free_ports(4), work, directory), ranks, start_method="forkserver")
     return [torch.load(directory / f"result-{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

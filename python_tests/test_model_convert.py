@@ -138,7 +138,7 @@ def mistral_with_a_window(path):
         (save_llama, "--full-ratio 1/0", "'1/0' is no number"),
         (save_llama, "--full-layers 6", "full_layers must be distinct indices in [0, 6), got [6]"),
         (save_llama, "--full-layers 1 --full-placement top", "--full-layers excludes"),
-        (save_llama, "--stride 4", "block_size"),
+        (save_llama, "--stride 4", "give their --block-size"),
         (save_llama, "--sink -1", "sink"),
         (save_llama, "--rope-base 1", "rope_theta must be above 1"),
         (save_llama, "--max-positions 0", "--max-positions must be at least 1, got 0"),

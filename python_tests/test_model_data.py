@@ -50,6 +50,19 @@ def test_thinned_blocks_are_spread_and_not_repeated():
     assert len(blocks.thinned(1000)) == 100
 
 
+def test_positions_begin_anew_behind_each_document():
+    tokenizer = byte_tokenizer()
+    joined = TokenBlocks([Document("a", "abcd"), Document("b", "xy"), Document("c", "z" * 9)], tokenizer, seq_length=6)
+    apart = joined.apart(tokenizer.eos_token_id)
+    assert [block["position_ids"].tolist() for block in apart] == [
+        [0, 1, 2, 3, 4, 0],  # abcd, its end, x
+        [0, 1, 0, 1, 2, 3],  # y, its end, zzzz: where a block begins, a document is cut
+        [0, 1, 2, 3, 4, 5],
+    ]
+    assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(joined, apart, strict=True))
+    assert "position_ids" not in joined[0]
+
+
 @pytest.mark.parametrize(("extra_tokens", "dtype"), [(0, np.uint16), (1 << 16, np.uint32)])
 def test_blocks_are_kept_in_a_file(extra_tokens, dtype, tmp_path):
     tokenizer = byte_tokenizer()

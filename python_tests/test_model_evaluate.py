@@ -1,6 +1,9 @@
 """The evaluate command: its tasks say the truth, its scores are right, its files are complete, its errors are clear."""
 
 import json
+import re
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +16,14 @@ from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM, evaluate
 from model_integration.data import DataError, Document, byte_tokenizer
 from model_integration.evaluation import scoring
+from model_integration.evaluation.arguments import parse_arguments
 from model_integration.evaluation.scoring import encode, encode_prompt, mean_by_position, score_answer, token_losses
 from model_integration.evaluation.tasks import (
+    MOVES,
     MULTIKEY_NEEDLES,
     NEEDLE,
+    PEOPLE,
+    RETRIEVAL_TASKS,
     Case,
     Haystack,
     Prompt,
@@ -104,9 +111,9 @@ def without_seconds(records):
     return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
 
 
-@pytest.mark.parametrize("task", ["niah", "multikey", "aggregation"])
+@pytest.mark.parametrize("task", ["niah", "multikey", "whereabouts", "aggregation"])
 def test_prompts_depend_on_the_case_and_the_seed_alone(task):
-    depth = None if task == "aggregation" else 0.5
+    depth = 0.5 if task in RETRIEVAL_TASKS else None
     assert prompt_of(task, 1024, depth) == prompt_of(task, 1024, depth)
     variants = [
         prompt_of(task, 1024, depth, sample=1),
@@ -114,7 +121,9 @@ def test_prompts_depend_on_the_case_and_the_seed_alone(task):
         prompt_of(task, 1100, depth),
         prompt_of(task, 1024, depth),
     ]
-    assert len({prompt.answer for prompt in variants}) == 4
+    assert len(set(variants)) == 4
+    if task != "whereabouts":  # which has eight answers only
+        assert len({prompt.answer for prompt in variants}) == 4
 
 
 @pytest.mark.parametrize("task", ["niah", "multikey"])
@@ -136,6 +145,19 @@ def test_the_needle_stands_at_its_depth_and_the_answer_once(task, depth, sample)
     assert len(text_before) / len(text_before + text_after) == pytest.approx(depth, abs=0.05)
 
 
+@pytest.mark.parametrize("sample", range(20))
+def test_whereabouts_asks_where_the_thing_was_carried(sample):
+    """Told line by line: where everybody is, and the thing with who took it."""
+    prompt = prompt_of("whereabouts", 4000, sample=sample)
+    facts = re.findall(r"^(\w+) (went to|took) the (\w+)\.$", prompt.text, re.MULTILINE)
+    where = {person: object_ for person, verb, object_ in facts if verb == "went to"}  # the last place of each
+    ((at, (holder, _, thing)),) = [(i, fact) for i, fact in enumerate(facts) if fact[1] == "took"]
+    assert (len(facts), len(where)) == (PEOPLE * MOVES + 1, PEOPLE)
+    assert prompt.answer == f" {where[holder]}"
+    assert prompt.text.endswith(f"The {thing} is in the")
+    assert holder in {person for person, *_ in facts[at + 1 :]}, "the thing was carried on"
+
+
 def test_aggregation_asks_for_the_most_common_word():
     prompt = prompt_of("aggregation", 4000)
     words = prompt.text.split("\n\n")[1].split()
@@ -145,11 +167,11 @@ def test_aggregation_asks_for_the_most_common_word():
     assert set(sorted(counts.values())[:-1]) == {2}
 
 
-@pytest.mark.parametrize("task", ["niah", "multikey", "aggregation"])
+@pytest.mark.parametrize("task", ["niah", "multikey", "whereabouts", "aggregation"])
 @pytest.mark.parametrize("length", [1800, 4096, 20000])
 @pytest.mark.parametrize("count", [count_bytes, lambda text: 1 + len(text) // 2, lambda text: 2 * len(text)])
 def test_prompts_fill_their_length_and_never_more(task, length, count):
-    prompt = prompt_of(task, length, None if task == "aggregation" else 0.5, count=count)
+    prompt = prompt_of(task, length, 0.5 if task in RETRIEVAL_TASKS else None, count=count)
     assert length - max(140, length // 100) <= count(prompt.text + prompt.answer) <= length
 
 
@@ -293,7 +315,10 @@ def test_resumes_after_a_kill_and_grows(checkpoints, text, tmp_path, capsys):
         ("{tmp}/nowhere", "CHECKPOINT {tmp}/nowhere: no such directory"),
         ("{tmp}", "no config.json"),
         ("{models}/bare", "no weights"),
-        ("{models}/dense --task babi", "--task: 'babi' is no task; valid are niah, multikey, aggregation, ppl"),
+        (
+            "{models}/dense --task babi",
+            "--task: 'babi' is no task; valid are niah, multikey, whereabouts, aggregation, ppl",
+        ),
         ("{models}/dense --lengths 4x", "--lengths: '4x' is no length; valid are numbers"),
         ("{models}/dense --lengths 100,0k", "'0k' is no length"),
         ("{models}/dense --lengths 500,1k", "--lengths 1024: {models}/dense is made for at most 600 tokens"),
@@ -340,6 +365,22 @@ def test_what_cannot_work_ends_in_one_line(arguments, message, checkpoints, text
     assert len(error) == 1
     assert error[0].startswith("python -m model_integration.evaluate: error: ")
     assert message.format(**places) in error[0]
+
+
+def test_what_a_later_task_cannot_do_is_said_before_the_first(checkpoints, text, tmp_path, capsys):
+    """niah has room in 300 tokens, multikey with its eight needles not."""
+    with pytest.raises(SystemExit):
+        run(checkpoints / "dense", text, tmp_path / "out", "--task", "niah,multikey", "--lengths", "300,600")
+    assert "--lengths 300: too short for --task multikey" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.jsonl").read_text() == ""
+
+
+def test_a_run_goes_by_the_name_of_its_training(checkpoints, tmp_path):
+    """finetune calls every checkpoint final/: their evaluations would meet in one directory."""
+    shutil.copytree(checkpoints / "dense", tmp_path / "stdlib" / "final")
+    for checkpoint, name in ((tmp_path / "stdlib" / "final", "stdlib"), (checkpoints / "hybrid", "hybrid")):
+        args = parse_arguments([str(checkpoint), "--lengths", "512", "--device", "cpu"])
+        assert args.out == Path("runs", "evaluate", name)
 
 
 def test_heads_that_do_more_are_refused_for_perplexity(checkpoints):

@@ -74,8 +74,10 @@ def test_the_whole_way(texts, tmp_path, capsys):
         captured = capsys.readouterr()
         outputs.append(captured.out)
         assert re.search(r"^16 new tokens; the prompt took [\d.]+ s, then [\d.]+ tokens a second$", captured.err, re.M)
-        whole = "every token in every layer" if implementation == "sdpa" else "of 19 tokens it keeps 19 in 6 layers"
-        assert re.search(rf"^KV cache: [\d.]+ MiB, .*{whole}$", captured.err, re.M)
+        short = "room for sink and window, which this short text does not fill; a dense model's [\\d.]+ MiB; "
+        kept = f"{short}of 19 tokens it keeps 19 in 6 layers"
+        whole = "every token in every layer" if implementation == "sdpa" else kept
+        assert re.search(rf"^KV cache: [\d.]+ MiB, {whole}$", captured.err, re.M)
     assert outputs[0].startswith("def ")
     assert outputs[0] == outputs[1] == outputs[2]
 
@@ -247,12 +249,33 @@ def test_as_a_user_runs_it(tmp_path):
     ("arguments", "message"),
     [
         ("--checkpoint {tmp} --prompt x", "no config.json"),
+        ("--checkpoint {tmp}/bare --prompt x", "--checkpoint {tmp}/bare: no tokenizer: "),
+        ("--checkpoint {tmp}/cut --prompt x", "--checkpoint {tmp}/cut: Error while deserializing header"),
         ("--checkpoint {llama} --prompt=", "--prompt must not be empty"),
         ("--checkpoint {llama} --prompt x --temperature -1", "--temperature >= 0"),
+        ("--checkpoint {llama} --prompt x --temperature nan", "--temperature >= 0"),
+        ("--checkpoint {llama} --prompt x --seed -1", "'-1' is no seed"),
+        ("--checkpoint {llama} --prompt x --device tpu9", "--device tpu9: no such device"),
+        ("--checkpoint {llama} --prompt x --device cuda:99", "--device cuda:99: this machine has"),
+        ("--checkpoint {llama} --prompt x --attn-implementation longgen", "{llama} is llama; valid for it are sdpa"),
     ],
 )
 def test_generate_errors(arguments, message, llama, tmp_path, capsys):
+    shutil.copytree(llama, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    shutil.copytree(llama, tmp_path / "cut")
+    (tmp_path / "cut" / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(SystemExit) as exit_status:
         generate.main(arguments.format(tmp=tmp_path, llama=llama).split())
     assert exit_status.value.code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("python -m model_integration.generate: error: ")
+    assert error.count("\n") == 1
+    assert message.format(tmp=tmp_path, llama=llama) in error
+
+
+def test_generate_takes_a_dense_model_too(llama, capsys):
+    """To see the two side by side: the memory of a full cache is what a hybrid's is compared with."""
+    generate.main(["--checkpoint", str(llama), "--prompt", "def ", "--max-new-tokens", "9", "--device", "cpu"])
+    captured = capsys.readouterr()
+    assert captured.out.startswith("def ")
+    assert re.search(r"^KV cache: [\d.]+ MiB, every token in every layer$", captured.err, re.M)

@@ -5,13 +5,17 @@ import torch
 from model_cases import SINK_WINDOW, SMALL, STRIDED, VOCABULARY
 from torch.nn.functional import pad
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     StaticCache,
 )
+from transformers.masking_utils import create_causal_mask
 
 from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM
 from model_integration.layout import SequenceLayout
@@ -86,10 +90,34 @@ def test_a_reload_is_the_same_hybrid(hybrid_dir, tmp_path, tokens):
     torch.testing.assert_close(logits(again, tokens), logits(first, tokens), **TOLERANCE)
 
 
+def test_a_reload_is_bit_identical(hybrid, llama_dir, tmp_path, tokens):
+    """Under every implementation, and sparse."""
+    hybrid.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=hybrid.config._attn_implementation)
+    assert torch.equal(logits(again, tokens), logits(hybrid, tokens))
+    dense = logits(LlamaForCausalLM.from_pretrained(llama_dir), tokens)
+    assert (logits(again, tokens) - dense).abs().max() > 1.0
+
+
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "paged|eager", "unheard_of"])
 def test_implementations_that_would_run_dense_are_refused(hybrid_dir, implementation):
     with pytest.raises(ValueError, match="cannot run sparse layers"):
         AutoModelForCausalLM.from_pretrained(hybrid_dir, attn_implementation=implementation)
+    model = AutoModelForCausalLM.from_pretrained(hybrid_dir)
+    if implementation != "unheard_of":  # transformers itself refuses it then
+        with pytest.raises(ValueError, match="cannot run sparse layers"):
+            model.set_attn_implementation(implementation)
+    assert model.config._attn_implementation == "longgen"
+
+
+@pytest.mark.parametrize("implementation", ["longgen", "eager", "flex_attention"])
+def test_continuous_batching_is_refused(hybrid_dir, tokens, implementation):
+    """Its attention functions take no masks. With sdpa it starts, and the model refuses the cache: see below."""
+    model = AutoModelForCausalLM.from_pretrained(hybrid_dir, attn_implementation=implementation)
+    options = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=1, pad_token_id=0)
+    with pytest.raises(ValueError, match=r"not supported for continuous batching|cannot run sparse layers"):
+        model.generate_batch(inputs=[tokens[0].tolist()], generation_config=options)
+    assert model.config._attn_implementation == implementation
 
 
 def test_longgen_needs_a_pattern(llama_dir, tokens):
@@ -111,6 +139,21 @@ def test_a_config_edited_too_late_is_noticed(hybrid_dir, tmp_path):
     model.config.rope_theta = 5e6
     with pytest.raises(RuntimeError, match=r"does not rotate with the config's rope_theta=5e\+06"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_base_that_is_lost_while_loading_is_noticed(hybrid_dir, monkeypatch):
+    """No checkpoint holds the frequencies, so only a look at them tells."""
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def late(cls, *args, **kwargs):
+        model = load(cls, *args, **kwargs)
+        model.config.rope_theta = 5e6  # as a stock config takes it: after the model was built
+        return model
+
+    assert not any("inv_freq" in name for name in AutoModelForCausalLM.from_pretrained(hybrid_dir).state_dict())
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(late))
+    with pytest.raises(RuntimeError, match=r"does not rotate with the config's rope_theta=5e\+06"):
+        AutoModelForCausalLM.from_pretrained(hybrid_dir)
 
 
 # -- sparsity ---------------------------------------------------------------------------------------------------------
@@ -178,6 +221,17 @@ def test_flex_attention_is_the_same_model(hybrid_dir, tokens):
     for mask, rows in ((None, slice(None)), (real, slice(5, None))):
         longgen, flex = (logits(m, tokens, attention_mask=mask)[:, rows] for m in models)
         torch.testing.assert_close(flex, longgen, rtol=2e-2, atol=2e-2)
+
+
+def test_transformers_own_mask_helper_keeps_the_padding(hybrid_dir, tokens):
+    """A name without a mask function gets None from it, and padding would be lost without a word."""
+    config = AutoConfig.from_pretrained(hybrid_dir)
+    config._attn_implementation = "longgen"
+    real = torch.ones_like(tokens)
+    inputs = {"inputs_embeds": torch.zeros(*tokens.shape, 1), "past_key_values": None}
+    assert create_causal_mask(config, attention_mask=real, **inputs) is None
+    real[0, :5] = 0
+    assert torch.equal(create_causal_mask(config, attention_mask=real, **inputs), real.bool())
 
 
 # -- padding and packing ----------------------------------------------------------------------------------------------

@@ -52,22 +52,47 @@ def answers(model):
     return [sample["resps"] for sample in results["samples"]["continue"]]
 
 
-def test_a_generated_task_uses_the_sparse_cache(monkeypatch):
-    caches = []
+@pytest.fixture
+def caches(monkeypatch):
+    """Every LongGenCache that is made."""
+    made = []
     init = LongGenCache.__init__
 
     def noted(self, *args, **options):
-        caches.append(self)
+        made.append(self)
         init(self, *args, **options)
 
     monkeypatch.setattr(LongGenCache, "__init__", noted)
+    return made
+
+
+def assert_sparse(cache, fewest):
+    """The cache saw at least `fewest` tokens; the full layer in the middle has all of them, the others few."""
+    kept = cache.tokens_kept().amax((1, 2)).tolist()
+    assert kept[1] == cache.get_seq_length() >= fewest
+    assert kept[0] == kept[2] == 16 + 48  # sink, and window with the 15 tokens beyond it, rounded up
+
+
+def test_a_generated_task_uses_the_sparse_cache(caches):
     models = [make_model(implementation) for implementation in ("longgen", "sdpa")]
     got = answers(models[0])
     assert len(caches) == 2  # of two prompts, padded on the left, and of one
     for cache in caches:
-        seen, kept = cache.get_seq_length(), cache.tokens_kept().amax((1, 2)).tolist()
-        assert seen > 100
-        assert kept[1] > 100  # the full layer in the middle
-        assert kept[0] == kept[2] == 16 + 48  # sink, and window with the 15 tokens beyond it, rounded up
+        assert_sparse(cache, fewest=100)
     assert got == answers(models[1])
     assert len(caches) == 2
+
+
+def test_tasks_of_ruler_use_the_sparse_cache(caches, tmp_path):
+    """Of the benchmark's tasks two that make their own texts; a list of common words needs 8K bytes at least."""
+    pytest.importorskip("wonderwords", reason='the tasks need pip install "lm_eval[ruler]"')
+    pytest.importorskip("nltk", reason='the tasks need pip install "lm_eval[ruler]"')
+    byte_tokenizer().save_pretrained(tmp_path)
+    lm = HFLM(pretrained=make_model("longgen"), tokenizer=byte_tokenizer(), batch_size=1, max_length=8192 + 256)
+    sizes = {"tokenizer": str(tmp_path), "max_seq_lengths": [8192]}
+    tasks = ["niah_single_1", "ruler_cwe"]
+    results = lm_eval.simple_evaluate(lm, tasks=tasks, limit=2, bootstrap_iters=0, metadata=sizes)
+    assert [results["results"][task]["8192,none"] for task in tasks] == [0.0, 0.0]  # of random weights
+    assert len(caches) == 4
+    for cache in caches:
+        assert_sparse(cache, fewest=4000)

@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from longgen_kernels import AttentionPattern
-from model_integration import LongGenLlamaForCausalLM, finetune
+from model_integration import LongGenLlamaForCausalLM, convert, evaluate, finetune, generate
 from model_integration.training.arguments import parse_arguments
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llama-2-7b-128k.yaml"
@@ -93,7 +93,8 @@ def test_recipes_that_cannot_work(text, message, tmp_path, capsys):
         ("--full-ratio 1.5", "full_ratio must lie in [0, 1]"),
         ("--full-layers 1 --full-ratio 0.5", "--full-layers excludes"),
         ("--window 4 --window-blocks 2 --block-size 16", "window_blocks, not both"),
-        ("--stride 4", "block_size"),
+        ("--stride 4", "--stride and --window-blocks count blocks: give their --block-size"),
+        ("--window-blocks 4", "give their --block-size"),
         ("--stride 4 --block-size 24", "power of two"),
         ("--stride 4 --block-size 16 --window 0", "needs a window"),
         ("--seq-length 1", "--seq-length must be at least 2"),
@@ -104,6 +105,10 @@ def test_recipes_that_cannot_work(text, message, tmp_path, capsys):
         ("--save-steps 15", "must be a multiple of --log-steps"),
         ("--warmup-steps 9 --max-steps 8", "--warmup-steps must lie in"),
         ("--learning-rate 0", "--learning-rate must be positive"),
+        ("--learning-rate inf", "--learning-rate must be positive and finite, got inf"),
+        ("--weight-decay nan", "--weight-decay must be at least 0 and finite, got nan"),
+        ("--seed -1", "'-1' is no seed; valid are whole numbers from 0 to 2^32 - 1"),
+        ("--seed 4294967296", "is no seed"),
         ("--held-out 1", "--held-out must lie between"),
         ("--rope-base 0.5", "rope_theta must be above 1"),
         ("--lora-rank 4", "--lora-rank needs --model"),
@@ -136,6 +141,35 @@ def test_what_cannot_work_ends_in_one_line(arguments, message, llama, tmp_path, 
     assert error.startswith("python -m model_integration.finetune: error: ")
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_an_optimizer_without_its_package_is_refused_before_any_work(tmp_path, monkeypatch, capsys):
+    """--optimizer names what Trainer knows, of which most is in packages of their own."""
+
+    def absent(training, model=None):
+        raise ImportError(f"pip install\nwhat {training.optim.value} is in")
+
+    monkeypatch.setattr(finetune.Trainer, "get_optimizer_cls_and_kwargs", absent)
+    with pytest.raises(SystemExit) as exit_status:
+        finetune.main(["--optimizer", "adamw_torch_8bit", "--device", "cpu", "--output-dir", str(tmp_path / "run")])
+    assert exit_status.value.code == 2
+    error = "error: --optimizer adamw_torch_8bit: pip install what adamw_torch_8bit is in"
+    assert capsys.readouterr().err == f"python -m model_integration.finetune: {error}\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [convert, evaluate, finetune, generate], ids=lambda module: module.__name__)
+def test_help_names_defaults_once(command, capsys):
+    """An option whose default depends on others says so itself: "(default: None)" behind that would contradict it."""
+    with pytest.raises(SystemExit) as exit_status:
+        command.main(["--help"])
+    assert exit_status.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(default: None)" not in text
+    assert "(default: False)" not in text
+    assert "(default: [])" not in text
+    expected = {generate: "(default: 240)", evaluate: "(default: 4k)", finetune: "(default: adamw_torch)"}
+    assert expected.get(command, "") in text
 
 
 def test_adapters_need_peft(llama, monkeypatch, capsys):

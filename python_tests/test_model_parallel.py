@@ -202,6 +202,10 @@ def test_without_torchrun(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "start it with torchrun" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_status:
+        main(["--help"])
+    assert exit_status.value.code == 0
+    assert "--sequence-parallel N" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_command(tmp_path):
@@ -227,6 +231,9 @@ def runs(tmp_path_factory):
     (directory / "texts").mkdir()
     for i in range(12):
         (directory / "texts" / f"{i}.py").write_text(f"def f{i}(x):\n    return x + {i}\n" * 12)
+    (directory / "short texts").mkdir()
+    for i in range(60):
+        (directory / "short texts" / f"{i}.txt").write_text(f"{i}, " * (1 + i % 7))
     first = FIRST_RUN[0]
     results = {first: spawn(first, parallel_cases.first_run, directory)}
     for ranks in CONTINUED:
@@ -266,16 +273,21 @@ def test_a_run_continues_on_another_number_of_processes(runs, ranks):
         torch.testing.assert_close(tensor, weights[name], rtol=1e-2, atol=1e-4)
 
 
-def test_the_first_step_is_that_of_one_process(runs):
+@pytest.mark.parametrize("apart", [False, True], ids=["joined", "documents apart"])
+def test_the_first_step_is_that_of_one_process(runs, apart):
     """Loss and gradient over a whole step's sequences, without sharding, FSDP or accumulation."""
     directory, _ = runs
-    run = run_directory(directory, FIRST_RUN[0])
-    args = parse_parallel_arguments(training_options(directory, run, ["--overwrite"]), processes=1)
-    train = TokenBlocks(load_documents(args)[0], load_tokenizer(args), args.seq_length)
+    run = directory / "apart" if apart else run_directory(directory, FIRST_RUN[0])
+    data = ["--data", str(directory / "short texts")] if apart else []
+    args = parse_parallel_arguments(training_options(directory, run, ["--overwrite", *data]), processes=1)
+    tokenizer = load_tokenizer(args)
+    train = TokenBlocks(load_documents(args)[0], tokenizer, args.seq_length)
     model = build_model(args)
     indices = sequences_of_step(0, args.batch_size * args.accumulate, len(train), args.seed)
     ids = torch.stack([train[i]["input_ids"] for i in indices])
-    loss = model(input_ids=ids, labels=ids).loss
+    positions = torch.stack([train.apart(tokenizer.eos_token_id)[i]["position_ids"] for i in indices])
+    assert not apart or (positions.diff(dim=1) != 1).any()
+    loss = model(input_ids=ids, labels=ids, position_ids=positions if apart else None).loss
     loss.backward()
     logged = history(run)[0]
     assert logged["loss"] == pytest.approx(float(loss.detach()), rel=1e-5)

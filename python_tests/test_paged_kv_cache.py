@@ -168,6 +168,7 @@ def test_bad_arguments() -> None:
         (ValueError, "batch must be an int of at least 1, got 0", lambda: PagedKVCache(A.causal(), pool, 0, 100)),
         (NotImplementedError, "a KV cache drops", lambda: PagedKVCache(A.bidirectional(), pool, 1, 100)),
         (ValueError, r"tokens must be in \[0, 0\], got 1", lambda: PagedKVCache(A.causal(), pool, 1, 100).crop(1)),
+        (ValueError, r"sequence must be in \[0, 1\), got -1", lambda: PagedKVCache(A.causal(), pool, 1, 99).reset(-1)),
         (ValueError, "indices must be 1 numbers below 1", lambda: PagedKVCache(A.causal(), pool, 1, 99).reorder([1])),
     ]:
         with pytest.raises(error, match=message):

@@ -10,8 +10,14 @@ from typing import Any
 import torch
 
 from model_integration import attention
-from model_integration.command_line import OneLineParser, UsageError, checkpoint_config
-from model_integration.configuration import LongGenConfig
+from model_integration.command_line import (
+    OneLineParser,
+    UsageError,
+    check_device,
+    checkpoint_config,
+    implementation_for,
+    seed,
+)
 from model_integration.data import DataError, find_files
 from model_integration.evaluation.tasks import TASKS
 
@@ -68,9 +74,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(
         prog="python -m model_integration.evaluate",
         description="Measure a checkpoint, dense or LongGen, on long texts: retrieval of needles (niah), of one among "
-        "several (multikey), the most common of many words (aggregation), and perplexity on held-out text (ppl). The "
+        "several (multikey), where a thing was carried (whereabouts), the most common of many words (aggregation), and "
+        "perplexity on held-out text (ppl). The "
         "tasks are in the style of known benchmarks, and are none of them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="directory of a causal language model")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="tokenizer directory (the checkpoint's own)")
@@ -90,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="where needles stand, in per cent of the text",
     )
     group.add_argument("--samples", type=int, default=4, help="texts for each task, length and depth")
-    group.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
+    group.add_argument("--seed", type=seed, default=0, help="of everything that is drawn")
     group.add_argument(
         "--data", type=Path, nargs="+", metavar="PATH", help="text, as finetune takes it (Python's standard library)"
     )
@@ -99,16 +105,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("what runs it")
     group.add_argument(
-        "--attn-implementation", choices=attention.IMPLEMENTATIONS, help="(longgen for a hybrid, otherwise sdpa)"
+        "--attn-implementation",
+        choices=attention.IMPLEMENTATIONS,
+        help="same result, other speed (longgen for a hybrid, otherwise sdpa)",
     )
     group.add_argument(
         "--backend", choices=("cuda", "triton", "reference"), help="of longgen (for each pass the fastest)"
     )
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    group.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    group.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's"
+    )
 
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, metavar="DIR", help="results.jsonl and pictures (runs/evaluate/CHECKPOINT)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="results.jsonl and pictures (runs/evaluate/NAME of it)")
     group.add_argument("--resume", action="store_true", help="keep the results in --out and add what is missing")
     group.add_argument("--overwrite", action="store_true", help="start again where a run has already been")
     group.add_argument(
@@ -116,7 +126,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.out is None:
-        args.out = Path("runs", "evaluate", args.checkpoint.resolve().name)
+        path = args.checkpoint.resolve()
+        args.out = Path("runs", "evaluate", path.parent.name if path.name == "final" else path.name)
     try:
         _check(args)
     except (UsageError, DataError) as error:
@@ -158,23 +169,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _check_engine(args: argparse.Namespace) -> None:
     """Settle the attention implementation, and refuse what this machine or this checkpoint cannot run."""
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {args.device}: no such device; valid are cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {args.device}: this machine has {torch.cuda.device_count()} usable CUDA GPUs")
-    hybrid = isinstance(args.config, LongGenConfig)
-    if args.attn_implementation is None:
-        args.attn_implementation = attention.NAME if hybrid else "sdpa"
-    if args.attn_implementation == attention.NAME and not hybrid:
-        others = ", ".join(name for name in attention.IMPLEMENTATIONS if name != attention.NAME)
-        raise UsageError(
-            f"--attn-implementation {attention.NAME} needs a LongGen checkpoint, {args.checkpoint} is "
-            f"{args.config.model_type}; valid for it are {others}"
-        )
+    device = check_device(args.device)
+    args.attn_implementation = implementation_for(args.config, args.checkpoint, args.attn_implementation)
     if args.backend and args.attn_implementation != attention.NAME:
         raise UsageError(
             f"--backend {args.backend} needs --attn-implementation {attention.NAME}, not {args.attn_implementation}"

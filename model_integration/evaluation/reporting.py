@@ -50,7 +50,8 @@ def plot_perplexity(records: list[dict[str, Any]], path: Path) -> None:
         perplexities = [math.exp(sum(loss) / len(samples)) for loss in losses]
         axes.plot(samples[0]["positions"], perplexities, "o-", label=f"{short_length(length)} tokens", markersize=4)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="position (mean from the point before)", ylabel="perplexity per token")
+    axes.xaxis.set_major_formatter(lambda position, _: short_length(round(position)))
+    axes.set(xlabel="position in the text; each point: all tokens since the one before", ylabel="perplexity per token")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

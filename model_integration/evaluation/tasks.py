@@ -3,7 +3,8 @@
 All of it is text and numbers drawn from a seed: the same case gives the same prompt on every machine, whatever other
 cases a run has. None of the tasks is a published benchmark. `niah` is needle retrieval in the style of
 needle-in-a-haystack tests, `multikey` and `aggregation` are in the style of RULER's retrieval among several keys and
-its common words; prompts, haystack and scoring are this project's own, so figures do not compare with published ones.
+its common words, `whereabouts` in that of bAbI's questions with two supporting facts, hidden in running text; prompts,
+haystack and scoring are this project's own, so figures do not compare with published ones.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from model_integration.data import DataError, Document
 
 #: Tasks whose answer stands at a depth of the text.
 RETRIEVAL_TASKS = ("niah", "multikey")
-TASKS = (*RETRIEVAL_TASKS, "aggregation", "ppl")
+TASKS = (*RETRIEVAL_TASKS, "whereabouts", "aggregation", "ppl")
 
 #: Needles of a multikey text, the one that is asked for included.
 MULTIKEY_NEEDLES = 8
+
+#: People of a whereabouts text, and how often each of them goes to another of the places.
+PEOPLE, MOVES = 4, 3
+PLACES = ("attic", "bakery", "cellar", "garden", "kitchen", "library", "office", "stable")
 
 #: Of the words of an aggregation text one in four is the answer; every other word comes twice.
 ANSWER_SHARE = 4
@@ -35,6 +40,12 @@ NEEDLE = "The magic number of {key} is {value}.\n"
 RETRIEVAL_PROMPT = (
     "Magic numbers are hidden in the text below. Remember them: one is asked for at the end.\n\n"
     "{text}\n\nThe text above names the magic number of {key}. The magic number of {key} is"
+)
+WENT = "{person} went to the {place}.\n"
+TOOK = "{person} took the {thing}.\n"
+WHEREABOUTS_PROMPT = (
+    "Hidden in the text below is where people went, and who took the {thing} along. Remember it.\n\n"
+    "{text}\n\nThe text above tells in which place the {thing} is in the end. The {thing} is in the"
 )
 AGGREGATION_PROMPT = (
     "Below is a list of words. Remember which of them comes most often.\n\n"
@@ -102,7 +113,12 @@ def make_prompt(case: Case, seed: int, haystack: Haystack, count_tokens: Callabl
 
     Raises DataError when the length leaves no room, or the haystack is shorter than the length.
     """
-    build = _aggregation(case, seed) if case.task == "aggregation" else _retrieval(case, seed, haystack)
+    if case.task == "aggregation":
+        build = _aggregation(case, seed)
+    elif case.task == "whereabouts":
+        build = _whereabouts(case, seed, haystack)
+    else:
+        build = _retrieval(case, seed, haystack)
 
     def tokens(size: int) -> int:
         prompt = build(size)
@@ -164,6 +180,30 @@ def _retrieval(case: Case, seed: int, haystack: Haystack) -> Callable[[int], Pro
     def build(size: int) -> Prompt:
         text = insert_at_depths(haystack.stretch(start, size), lines)
         return Prompt(RETRIEVAL_PROMPT.format(text=text, key=asked), f" {needles[asked]}")
+
+    return build
+
+
+def _whereabouts(case: Case, seed: int, haystack: Haystack) -> Callable[[int], Prompt]:
+    random = case.random(seed)
+    start = random.randrange(max(len(haystack.text), 1))
+    names: list[str] = []
+    for _ in range(PEOPLE):
+        names.append(_fresh(lambda: make_word(random).capitalize(), haystack.text, names))
+    thing = _fresh(lambda: make_word(random), haystack.text, [])
+    order = names * MOVES
+    random.shuffle(order)
+    routes = {name: random.sample(PLACES, MOVES) for name in names}  # no place twice, so no line twice
+    moves = {name: iter(route) for name, route in routes.items()}
+    lines = [WENT.format(person=name, place=next(moves[name])) for name in order]
+    holder = names[0]
+    last = len(order) - 1 - order[::-1].index(holder)
+    lines.insert(random.randint(0, last), TOOK.format(person=holder, thing=thing))  # before the holder's last move
+    depths = dict(zip(lines, sorted(random.random() for _ in lines), strict=True))
+
+    def build(size: int) -> Prompt:
+        text = insert_at_depths(haystack.stretch(start, size), depths)
+        return Prompt(WHEREABOUTS_PROMPT.format(text=text, thing=thing), f" {routes[holder][-1]}")
 
     return build
 

@@ -21,6 +21,7 @@ from model_integration.command_line import (
     convertible_config,
     given_pattern,
     hybrid_config,
+    seed,
     with_recipe,
 )
 from model_integration.configuration import LongGenConfig
@@ -81,7 +82,6 @@ def build_parser() -> OneLineParser:
         description="Train a LongGen hybrid. Without arguments: a small byte-level one, from nothing, on the "
         "source code of Python's standard library; it needs neither network nor GPU. With --model: turn a "
         "checkpoint into a hybrid and fine-tune it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
     def both(name: str) -> str:
@@ -108,6 +108,9 @@ def build_parser() -> OneLineParser:
     )
     group.add_argument("--held-out", type=float, default=0.05, help="share of the documents kept for evaluation")
     group.add_argument("--seq-length", type=int, help=f"tokens in a training sequence ({both('seq_length')})")
+    group.add_argument(
+        "--separate-documents", action="store_true", help="attention stays inside each document of a training sequence"
+    )
 
     group = parser.add_argument_group("training")
     group.add_argument("--max-steps", type=int, help=f"optimizer steps ({both('max_steps')})")
@@ -140,7 +143,7 @@ def build_parser() -> OneLineParser:
         "--lora-rank", type=int, help="train adapters of this rank beside all linear layers, by PEFT (every weight)"
     )
     group.add_argument("--lora-alpha", type=float, help="scale of the adapters, divided by their rank (twice the rank)")
-    group.add_argument("--seed", type=int, default=0, help="of weights and data order")
+    group.add_argument("--seed", type=seed, default=0, help="of weights and data order")
 
     group = parser.add_argument_group("what runs it")
     group.add_argument(
@@ -212,8 +215,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--seq-length must be at least 2, got {args.seq_length}")
     if not 0.0 < args.held_out < 1.0:
         raise UsageError(f"--held-out must lie between 0 and 1, got {args.held_out}")
-    if not args.learning_rate > 0.0:
-        raise UsageError(f"--learning-rate must be positive, got {args.learning_rate}")
+    if not 0.0 < args.learning_rate < math.inf:
+        raise UsageError(f"--learning-rate must be positive and finite, got {args.learning_rate}")
+    if not 0.0 <= args.weight_decay < math.inf:
+        raise UsageError(f"--weight-decay must be at least 0 and finite, got {args.weight_decay}")
     if not 0 <= args.warmup_steps <= args.max_steps:
         raise UsageError(f"--warmup-steps must lie in [0, --max-steps={args.max_steps}], got {args.warmup_steps}")
     if args.save_steps % args.log_steps:

@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import TrainerState, get_scheduler
+from transformers import TrainerState, default_data_collator, get_scheduler
 
 from model_integration.context_parallel import SequenceShard
 from model_integration.data import TokenBlocks
@@ -51,6 +51,7 @@ def sharded_loss(
     targets: Tensor,
     divisor: Tensor | int,
     exchange: str = "auto",
+    position_ids: Tensor | None = None,
 ) -> Tensor:
     """The summed loss of this process's tokens over `divisor`, collectively over the processes that share sequences.
 
@@ -59,9 +60,10 @@ def sharded_loss(
         ids: int64 (rows, tokens), whole sequences, the same on each of them.
         targets: int64 (rows, tokens), shifted: each token's next; IGNORED where it does not count.
         exchange: what attention exchanges, of `context_parallel.EXCHANGES`.
+        position_ids: int64 (rows, tokens); where they begin anew, so does a packed document. None: each row is one.
     """
-    shard = SequenceShard.of(group, *ids.shape, exchange=exchange)
-    sharded = {"sequence_shard": shard} if shard.sharding.ranks > 1 else {}
+    shard = SequenceShard.of(group, *ids.shape, position_ids=position_ids, exchange=exchange)
+    layout = {"sequence_shard": shard} if shard.sharding.ranks > 1 else {"position_ids": position_ids}
     local = shard.local(targets)
     output = model(
         input_ids=shard.local(ids),
@@ -69,7 +71,7 @@ def sharded_loss(
         shift_labels=local,
         num_items_in_batch=divisor,
         use_cache=False,
-        **sharded,
+        **layout,
     )
     loss: Tensor = output.loss
     return loss
@@ -162,8 +164,8 @@ class ParallelTrainer:
         totals = torch.zeros(2, dtype=torch.float64, device=self.device)  # loss in nats, tokens
         for first in range(0, len(self.held_out), self.args.batch_size):
             batch = range(first, first + self.args.batch_size)
-            ids, targets = self._rows_of(self.held_out, [i if i < len(self.held_out) else None for i in batch])
-            totals[0] += self._loss(ids, targets, divisor=1)
+            ids, targets, places = self._rows_of(self.held_out, [i if i < len(self.held_out) else None for i in batch])
+            totals[0] += self._loss(ids, targets, places, divisor=1)
             if self.sequence_group.rank() == 0:
                 totals[1] += (targets != IGNORED).sum()
         dist.all_reduce(totals)
@@ -180,11 +182,11 @@ class ParallelTrainer:
             self._rows_of(self.train_blocks, indices[first : first + args.batch_size])
             for first in range(0, per_step, args.batch_size)
         ]
-        valid = sum(((targets != IGNORED).sum() for _, targets in batches), torch.zeros((), device=self.device))
+        valid = sum(((targets != IGNORED).sum() for _, targets, _ in batches), torch.zeros((), device=self.device))
         dist.all_reduce(valid, group=self.data_group)
         total = torch.zeros((), device=self.device)
-        for ids, targets in batches:
-            loss = self._loss(ids, targets, divisor=valid)
+        for batch in batches:
+            loss = self._loss(*batch, divisor=valid)
             (loss * dist.get_world_size()).backward()  # FSDP averages what are parts of a sum
             total += loss.detach()
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -196,19 +198,22 @@ class ParallelTrainer:
         self.state.optimizer.zero_grad()
         return total, norm
 
-    def _rows_of(self, blocks: TokenBlocks, indices: Sequence[int | None]) -> tuple[Tensor, Tensor]:
-        """This process's rows of a batch: ids and targets (rows, seq_length); None is a row that does not count.
+    def _rows_of(self, blocks: TokenBlocks, indices: Sequence[int | None]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This process's rows of a batch: ids, targets and, with documents apart, position ids, (rows, seq_length).
 
-        Targets are shifted here, where a sequence is still whole: the last one of a shard is in the next shard.
+        An index of None is a row that does not count. Targets are shifted here, where a sequence is still whole: the
+        last one of a shard is in the next shard.
         """
         own = indices[self.data_group.rank() * self.rows : (self.data_group.rank() + 1) * self.rows]
-        ids = torch.stack([blocks[i or 0]["input_ids"] for i in own]).to(self.device)
+        batch = default_data_collator([blocks[i or 0] for i in own])
+        rows = {name: value.to(self.device) for name, value in batch.items()}
+        ids = rows["input_ids"]
         targets = F.pad(ids[:, 1:], (0, 1), value=IGNORED)
         targets[[i is None for i in own]] = IGNORED
-        return ids, targets
+        return ids, targets, rows.get("position_ids")
 
-    def _loss(self, ids: Tensor, targets: Tensor, divisor: Tensor | int) -> Tensor:
-        return sharded_loss(self.model, self.sequence_group, ids, targets, divisor, self.args.exchange)
+    def _loss(self, ids: Tensor, targets: Tensor, places: Tensor | None, divisor: Tensor | int) -> Tensor:
+        return sharded_loss(self.model, self.sequence_group, ids, targets, divisor, self.args.exchange, places)
 
     def _log(self, bar: ProgressBar, logs: dict[str, float]) -> None:
         self.progress.log_history.append({**logs, "step": self.progress.global_step})
