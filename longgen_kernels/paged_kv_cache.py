@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from longgen_kernels.cache_layout import GRANULE, MAX_QUERY_TOKENS, CacheLayout
 from longgen_kernels.cache_scales import as_bytes, checked_scales
 from longgen_kernels.kernels.cache_problem import CacheTensors, tickets_needed
 from longgen_kernels.kv_cache import KVCache
-from longgen_kernels.patterns import AttentionPattern
+from longgen_kernels.patterns import AttentionPattern, pattern_from_dict
 
 __all__ = ["PagePool", "PagedKVCache"]
 
@@ -201,20 +203,29 @@ class PagedKVCache(KVCache):
                 f"whose pages were returned; {MAX_QUERY_TOKENS} tokens are kept beyond the window"
             )
 
-    def crop(self, tokens: int) -> None:
+    def crop(self, tokens: int | Sequence[int]) -> None:
         """Drops the last tokens of each sequence, as after rejected drafts; sequences of fewer become empty.
+
+        Args:
+            tokens: how many; or one number for each sequence.
 
         Raises ValueError where keys that the window of the last token left would show may be gone: up to 16 tokens
         beyond the window are kept, less those cropped since.
         """
-        if isinstance(tokens, bool) or not isinstance(tokens, int):
-            raise TypeError(f"tokens must be an int, got {type(tokens).__name__}")
-        if not 0 <= tokens <= max(self._longest):
-            raise ValueError(f"tokens must be in [0, {max(self._longest)}], got {tokens}")
-        self.check_still_kept(tokens)
-        self._cropped += tokens
-        self.seqlens.sub_(tokens).clamp_(min=0)
-        self._shortest, self._longest = ([max(0, n - tokens) for n in x] for x in (self._shortest, self._longest))
+        dropped = [tokens] * self.batch if isinstance(tokens, int) else list(tokens)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in dropped):
+            raise TypeError(f"tokens must be an int or ints, got {tokens!r}")
+        if len(dropped) != self.batch or not 0 <= min(dropped) <= max(dropped) <= max(self._longest):
+            raise ValueError(
+                f"tokens must be in [0, {max(self._longest)}], one number or {self.batch} of them; got {tokens}"
+            )
+        self.check_still_kept(max(dropped))
+        self._cropped += max(dropped)
+        self.seqlens.sub_(self.seqlens.new_tensor(dropped)).clamp_(min=0)
+        self._shortest, self._longest = (
+            [max(0, n - drop) for n, drop in zip(bounds, dropped, strict=True)]
+            for bounds in (self._shortest, self._longest)
+        )
         self._reserved = list(self._longest)
         first = (self.layout.ring or 0) // self.pool.page_size
         for b, row in enumerate(self._table):
@@ -258,6 +269,53 @@ class PagedKVCache(KVCache):
         self._shortest, self._longest, self._reserved = ([x[i] for i in indices] for x in bounds)
         self.seqlens.copy_(self.seqlens[list(indices)])
         self._upload()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a file, which `PagedKVCache.load` reads."""
+        torch.save(self.state_dict(), path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its own pages and plain values, that `from_state_dict` makes the same cache of."""
+        own = [page for row in self._table for page in row if page >= 0]
+        return {
+            "pattern": self.pattern.to_dict(),
+            "max_seqlen": self.max_seqlen,
+            "filled": [[page >= 0 for page in row] for row in self._table],
+            "bounds": [list(x) for x in (self._shortest, self._longest, self._reserved)],
+            "cropped": self._cropped,
+            "k": self.k[own],
+            "v": self.v[own],
+            "seqlens": self.seqlens.clone(),
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], pool: PagePool) -> PagedKVCache:
+        """The cache that `save` wrote, in pages of `pool`; see `from_state_dict`."""
+        return cls.from_state_dict(torch.load(path, map_location=pool.k.device, weights_only=True), pool)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], pool: PagePool) -> PagedKVCache:
+        """The cache that `state_dict` described, in pages of `pool`.
+
+        Raises ValueError for a pool whose pages are of another shape or dtype, MemoryError for one with too few.
+        """
+        pattern, k = pattern_from_dict(state["pattern"]), state["k"]
+        assert isinstance(pattern, AttentionPattern)
+        if (k.shape[1:], k.dtype) != (pool.k.shape[1:], pool.k.dtype):
+            raise ValueError(
+                f"the pool's pages are {tuple(pool.k.shape[1:])} (kv_heads, page_size, head_dim) of {pool.k.dtype}, "
+                f"the saved ones {tuple(k.shape[1:])} of {k.dtype}"
+            )
+        cache = cls(pattern, pool, len(state["filled"]), state["max_seqlen"])
+        pages = pool.take(len(k))
+        pool.k[pages], pool.v[pages] = state["k"].to(pool.k.device), state["v"].to(pool.k.device)
+        numbers = iter(pages)
+        cache._table = [[next(numbers) if filled else -1 for filled in row] for row in state["filled"]]
+        cache._shortest, cache._longest, cache._reserved = (list(x) for x in state["bounds"])
+        cache._cropped = state["cropped"]
+        cache.seqlens.copy_(state["seqlens"])
+        cache._upload()
+        return cache
 
     def _check_room(self, pages: int, unused: Sequence[int]) -> None:
         returned = sum(page >= 0 for i in unused for page in self._table[i])

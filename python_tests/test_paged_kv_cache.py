@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,7 +59,8 @@ OPERATIONS = st.one_of(
     st.tuples(st.just("ragged"), st.lists(st.integers(0, 20), min_size=3, max_size=3)),
     st.tuples(st.just("append"), st.integers(1, 90)),
     st.tuples(st.just("reserve"), st.integers(0, 50)),
-    st.tuples(st.just("crop"), st.integers(0, 12)),
+    st.tuples(st.just("crop"), st.integers(0, 12) | st.lists(st.integers(0, 12), min_size=3, max_size=3)),
+    st.tuples(st.just("reload"), st.none()),
     st.tuples(st.just("reorder"), st.lists(st.integers(0, 2), min_size=3, max_size=3)),
     st.tuples(st.just("reset"), st.sampled_from([None, 0, 2])),
 )
@@ -80,9 +82,18 @@ def test_any_sequence_of_operations(kind: str, page_size: int, poison: Any, data
             cache.append(k, v)
         elif name == "reserve" and longest + argument <= MAX_SEQLEN:
             cache.reserve(argument)
-        elif name == "crop" and cache._cropped + argument <= 16 and argument <= longest:
-            model.crop([argument] * 3)
-            cache.crop(argument)
+        elif name == "crop":
+            each = [argument] * 3 if isinstance(argument, int) else argument
+            if cache._cropped + max(each) <= 16 and max(each) <= longest:
+                model.crop(each)
+                cache.crop(argument)
+        elif name == "reload":  # into a pool that others have used
+            state, other = (
+                cache.state_dict(),
+                poisoned(PagePool(120, page_size, 2, model.head_dim, dtype=model.dtype), poison),
+            )
+            other.give_back(other.take(7)[::-1])
+            cache = PagedKVCache.from_state_dict(state, other)
         elif name == "reorder":
             model.reorder(argument)
             cache.reorder(argument)
@@ -158,8 +169,31 @@ def test_holds_what_a_cache_in_one_block_holds(poison: Any) -> None:
     torch.testing.assert_close(*outs)
 
 
+def test_saved_and_loaded_into_another_pool(poison: Any, tmp_path: Path) -> None:
+    model, cache = model_and_cache(PATTERNS["sink and window"], "reference", poison)
+    step(model, cache, 130, "reference")
+    cache.save(tmp_path / "cache.pt")
+    pool = PagePool(cache.pages, 16, 2, model.head_dim, dtype=model.dtype)
+    loaded = PagedKVCache.load(tmp_path / "cache.pt", pool)
+    assert (loaded.pages, pool.free) == (cache.pages, 0)
+    for wrong, error, message in (
+        (PagePool(99, 32, 2, model.head_dim, dtype=model.dtype), ValueError, r"the pool's pages are \(2, 32, 16\)"),
+        (PagePool(3, 16, 2, model.head_dim, dtype=model.dtype), MemoryError, "3 of the pool's 3 are free"),
+    ):
+        with pytest.raises(error, match=message):
+            PagedKVCache.load(tmp_path / "cache.pt", wrong)
+        assert wrong.free == wrong.k.shape[0]
+    loaded.crop([3, 9])
+    model.crop([3, 9])
+    step(model, loaded, 2, "reference")
+
+
 def test_bad_arguments() -> None:
     pool = PagePool(4, 16, 1, 16)
+
+    def empty() -> PagedKVCache:
+        return PagedKVCache(A.causal(), pool, 1, 100)
+
     for error, message, call in [
         (ValueError, "page_size must be a multiple of 16, got 24", lambda: PagePool(4, 24, 1, 16)),
         (ValueError, "pages must be at least 1, got 0", lambda: PagePool(0, 16, 1, 16)),
@@ -167,9 +201,11 @@ def test_bad_arguments() -> None:
         (TypeError, "dtype must be float16", lambda: PagePool(4, 16, 1, 16, dtype=torch.int8)),
         (ValueError, "batch must be an int of at least 1, got 0", lambda: PagedKVCache(A.causal(), pool, 0, 100)),
         (NotImplementedError, "a KV cache drops", lambda: PagedKVCache(A.bidirectional(), pool, 1, 100)),
-        (ValueError, r"tokens must be in \[0, 0\], got 1", lambda: PagedKVCache(A.causal(), pool, 1, 100).crop(1)),
-        (ValueError, r"sequence must be in \[0, 1\), got -1", lambda: PagedKVCache(A.causal(), pool, 1, 99).reset(-1)),
-        (ValueError, "indices must be 1 numbers below 1", lambda: PagedKVCache(A.causal(), pool, 1, 99).reorder([1])),
+        (ValueError, r"tokens must be in \[0, 0\], one number or 1 of them; got 1", lambda: empty().crop(1)),
+        (ValueError, r"one number or 1 of them; got \[0, 0\]", lambda: empty().crop([0, 0])),
+        (TypeError, "tokens must be an int or ints, got 'ab'", lambda: empty().crop("ab")),
+        (ValueError, r"sequence must be in \[0, 1\), got -1", lambda: empty().reset(-1)),
+        (ValueError, "indices must be 1 numbers below 1", lambda: empty().reorder([1])),
     ]:
         with pytest.raises(error, match=message):
             call()
