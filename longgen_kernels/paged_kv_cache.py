@@ -283,8 +283,9 @@ class PagedKVCache(KVCache):
             "filled": [[page >= 0 for page in row] for row in self._table],
             "bounds": [list(x) for x in (self._shortest, self._longest, self._reserved)],
             "cropped": self._cropped,
-            "k": self.k[own],
-            "v": self.v[own],
+            "k": as_bytes(self.k)[own].view(self.k.dtype),
+            "v": as_bytes(self.v)[own].view(self.v.dtype),
+            "scales": [scale for scale in (self.k_scale, self.v_scale) if scale is not None],
             "seqlens": self.seqlens.clone(),
         }
 
@@ -297,7 +298,7 @@ class PagedKVCache(KVCache):
     def from_state_dict(cls, state: dict[str, Any], pool: PagePool) -> PagedKVCache:
         """The cache that `state_dict` described, in pages of `pool`.
 
-        Raises ValueError for a pool whose pages are of another shape or dtype, MemoryError for one with too few.
+        Raises ValueError for a pool whose pages are of another shape, dtype or scale, MemoryError for one with too few.
         """
         pattern, k = pattern_from_dict(state["pattern"]), state["k"]
         assert isinstance(pattern, AttentionPattern)
@@ -306,9 +307,14 @@ class PagedKVCache(KVCache):
                 f"the pool's pages are {tuple(pool.k.shape[1:])} (kv_heads, page_size, head_dim) of {pool.k.dtype}, "
                 f"the saved ones {tuple(k.shape[1:])} of {k.dtype}"
             )
+        scales = [scale for scale in (pool.k_scale, pool.v_scale) if scale is not None]
+        for own, saved in zip(scales, state["scales"], strict=True):  # none without fp8, which the dtypes have shown
+            if not torch.equal(own, saved.to(own.device)):
+                raise ValueError(f"the pool's scales are {own.tolist()}, the saved ones {saved.tolist()}")
         cache = cls(pattern, pool, len(state["filled"]), state["max_seqlen"])
         pages = pool.take(len(k))
-        pool.k[pages], pool.v[pages] = state["k"].to(pool.k.device), state["v"].to(pool.k.device)
+        for own, saved in ((pool.k, k), (pool.v, state["v"])):
+            as_bytes(own)[pages] = as_bytes(saved).to(own.device)
         numbers = iter(pages)
         cache._table = [[next(numbers) if filled else -1 for filled in row] for row in state["filled"]]
         cache._shortest, cache._longest, cache._reserved = (list(x) for x in state["bounds"])

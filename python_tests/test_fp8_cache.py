@@ -351,3 +351,19 @@ def test_pairs_of_tensors_have_no_scales() -> None:
         longgen_attn_with_kvcache(
             torch.empty(1, 1, 4, 64, dtype=HALF), (x, x), cache_seqlens=torch.ones(1, dtype=torch.int32)
         )
+
+
+def test_pages_are_saved_as_bytes_and_need_a_pool_of_the_same_scales(tmp_path: Path) -> None:
+    pools = [
+        PagePool(9, 16, 2, 16, dtype=FP32, cache_dtype=FP8, k_scale=scale, v_scale=SCALES[1])
+        for scale in (SCALES[0], SCALES[0], 2 * SCALES[0])
+    ]
+    cache = PagedKVCache(A.causal(), pools[0], 1, 128)
+    q, k, v = (torch.randn(1, 40, heads, 16) for heads in (4, 2, 2))
+    cache.append(k, v)
+    cache.save(tmp_path / "cache.pt")
+    loaded = PagedKVCache.load(tmp_path / "cache.pt", pools[1])
+    outs = [longgen_attn_with_kvcache(q[:, -1:], each) for each in (cache, loaded)]
+    assert torch.equal(*outs)
+    with pytest.raises(ValueError, match="the pool's scales are"):
+        PagedKVCache.load(tmp_path / "cache.pt", pools[2])
