@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("before", help="a branch, tag or commit")
     parser.add_argument("after", help="another one")
     args, options = parser.parse_known_args(argv)
+    if "--out" in options:
+        parser.error("--out: the two result files are compared and not kept; bench.run writes one that is")
     if not (machine.ROOT / ".git").exists():
         parser.error(f"{machine.ROOT} has no .git: revisions are checked out of a clone")
     with tempfile.TemporaryDirectory() as place:

@@ -69,6 +69,14 @@ class KVCache(ABC):
     def check_still_kept(self, tokens: int) -> None:
         """Raises ValueError if a query that stands `tokens` before the end may miss keys that it should see."""
 
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that the class's `from_state_dict` makes the same cache of."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a file, which the class's `load` reads."""
+        torch.save(self.state_dict(), path)
+
     def append(self, k: Tensor, v: Tensor, counts: Tensor | None = None, *, backend: str = "auto") -> None:
         """Appends n tokens to each sequence, of which the cache keeps what a later query can still see.
 
@@ -260,12 +268,7 @@ class SparseKVCache(KVCache):
         for x in (self.k, self.v, self.seqlens):  # in place: CUDA graphs know the addresses
             as_bytes(x).copy_(as_bytes(x).index_select(0, indices.to(x.device)))
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache to a file, which `SparseKVCache.load` reads."""
-        torch.save(self.state_dict(), path)
-
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that `from_state_dict` makes the same cache of."""
         return {
             "pattern": self.pattern.to_dict(),
             "max_seqlen": self.max_seqlen,

@@ -212,7 +212,7 @@ class PagedKVCache(KVCache):
         Raises ValueError where keys that the window of the last token left would show may be gone: up to 16 tokens
         beyond the window are kept, less those cropped since.
         """
-        dropped = [tokens] * self.batch if isinstance(tokens, int) else list(tokens)
+        dropped = list(tokens) if isinstance(tokens, Sequence) else [tokens] * self.batch
         if any(isinstance(n, bool) or not isinstance(n, int) for n in dropped):
             raise TypeError(f"tokens must be an int or ints, got {tokens!r}")
         if len(dropped) != self.batch or not 0 <= min(dropped) <= max(dropped) <= max(self._longest):
@@ -270,12 +270,8 @@ class PagedKVCache(KVCache):
         self.seqlens.copy_(self.seqlens[list(indices)])
         self._upload()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache to a file, which `PagedKVCache.load` reads."""
-        torch.save(self.state_dict(), path)
-
     def state_dict(self) -> dict[str, Any]:
-        """Its own pages and plain values, that `from_state_dict` makes the same cache of."""
+        """Of the pool, the pages that are this cache's."""
         own = [page for row in self._table for page in row if page >= 0]
         return {
             "pattern": self.pattern.to_dict(),

@@ -153,7 +153,7 @@ def prepare_output(args: argparse.Namespace) -> list[dict[str, Any]]:
     return records
 
 
-def check_lengths(cases: list[Case], tokenizer: PreTrainedTokenizerBase, texts: Texts) -> None:
+def check_lengths(cases: list[Case], texts: Texts) -> None:
     """DataError where a task's shortest length is too short for it, or the held-out text shorter than its longest."""
     for task in dict.fromkeys(case.task for case in cases):
         lengths = [case for case in cases if case.task == task]  # ascending
@@ -195,7 +195,7 @@ def evaluate(args: argparse.Namespace) -> list[dict[str, Any]]:
     cases = [case for case in make_cases(args.task, args.lengths, args.depths, args.samples) if case not in done]
     console = Console()
     if cases:
-        check_lengths(cases, tokenizer, texts)
+        check_lengths(cases, texts)
         model = load_model(args)
         if "ppl" in args.task:
             check_plain_head(model)

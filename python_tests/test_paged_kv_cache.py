@@ -203,6 +203,7 @@ def test_bad_arguments() -> None:
         (NotImplementedError, "a KV cache drops", lambda: PagedKVCache(A.bidirectional(), pool, 1, 100)),
         (ValueError, r"tokens must be in \[0, 0\], one number or 1 of them; got 1", lambda: empty().crop(1)),
         (ValueError, r"one number or 1 of them; got \[0, 0\]", lambda: empty().crop([0, 0])),
+        (TypeError, "tokens must be an int or ints, got 1.5", lambda: empty().crop(1.5)),
         (TypeError, "tokens must be an int or ints, got 'ab'", lambda: empty().crop("ab")),
         (ValueError, r"sequence must be in \[0, 1\), got -1", lambda: empty().reset(-1)),
         (ValueError, "indices must be 1 numbers below 1", lambda: empty().reorder([1])),

@@ -9,8 +9,8 @@ from torch import Tensor
 def is_plain_eager(*tensors: Tensor) -> bool:
     """Whether nobody could tell a call of an operator from what it does being done directly.
 
-    True in eager mode, with ordinary tensors and nothing that traces, transforms or intercepts operators. The
-    dispatcher takes 10 to 20 microseconds, as long as a short decoding step's kernel.
+    True in eager mode, with ordinary tensors and nothing that traces, transforms or intercepts operators. It spares
+    short calls the dispatcher, which is a good part of their host time.
     """
     return (
         all(type(x) is Tensor for x in tensors)
