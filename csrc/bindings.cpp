@@ -207,11 +207,11 @@ PYBIND11_MODULE(_C, m) {
         params.multiprocessors = multiprocessors;
         const BwdWorkspace sizes = attn_bwd_sm90_workspace(params);
         return py::dict("stats"_a = sizes.stats, "dq_sum"_a = sizes.dq_sum,
-                        "partials"_a = sizes.partials, "progress"_a = sizes.progress);
+                        "partials"_a = sizes.partials);
       },
-      "Numbers of elements, of 4 bytes, in attn_bwd_sm90's workspaces.", py::kw_only(), "pattern"_a,
-      "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "q_start"_a,
-      "k_start"_a, "packed"_a, "deterministic"_a, "multiprocessors"_a);
+      "Numbers of floats in attn_bwd_sm90's workspaces.", py::kw_only(), "pattern"_a, "batch"_a,
+      "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a, "kv_heads"_a, "head_dim"_a, "q_start"_a, "k_start"_a,
+      "packed"_a, "deterministic"_a, "multiprocessors"_a);
 
   m.def(
       "attn_bwd_sm90",
@@ -223,7 +223,7 @@ PYBIND11_MODULE(_C, m) {
          Address dlse, const Strides& dlse_strides, Address dq, Address dk, Address dv, int q_start,
          int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
          Address k_starts, bool deterministic, int multiprocessors, Address stats, Address dq_sum,
-         Address partials, Address progress, Address stream) {
+         Address partials, Address next_item, Address stream) {
         AttentionBwdParams params{};
         params.pattern = parse_pattern(pattern, mask_rows, mask_cols);
         params.batch = batch;
@@ -261,7 +261,7 @@ PYBIND11_MODULE(_C, m) {
         params.stats = as_floats(stats);
         params.dq_sum = as_floats(dq_sum);
         params.partials = as_floats(partials);
-        params.progress = reinterpret_cast<BwdProgress*>(progress);
+        params.next_item = reinterpret_cast<int32_t*>(next_item);
         params.stream = as_stream(stream);
         py::gil_scoped_release release;
         attn_bwd_sm90(params);
@@ -271,7 +271,7 @@ PYBIND11_MODULE(_C, m) {
       "q_strides"_a, "k"_a, "k_strides"_a, "v"_a, "v_strides"_a, "out"_a, "out_strides"_a, "dout"_a,
       "dout_strides"_a, "lse"_a, "dlse"_a, "dlse_strides"_a, "dq"_a, "dk"_a, "dv"_a, "q_start"_a,
       "k_start"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a,
-      "deterministic"_a, "multiprocessors"_a, "stats"_a, "dq_sum"_a, "partials"_a, "progress"_a,
+      "deterministic"_a, "multiprocessors"_a, "stats"_a, "dq_sum"_a, "partials"_a, "next_item"_a,
       "stream"_a);
 #endif
 

@@ -103,31 +103,13 @@ struct BwdPlan {
   int32_t chunks, chunk_steps;        // a global tile's query tiles are shared out in chunks
   int32_t global_items, items;
   int32_t log2_box;  // consecutive keys that the copy engine fetches at once
-  // Sums of dQ. The pass over rows clears those of the first `cleared_heads` KV heads, and of the
-  // others those of query tiles from `clear_until` on; the kernel clears the rest, so many tiles.
-  int32_t cleared_heads, clear_until, tiles_to_clear;
-  // A head's query tiles before `early_tiles` are complete when so many items of its KV head are.
-  int32_t early_tiles, early_items;
   // Deterministic, dQ has a kernel of its own: tiles of 128 rows of a head.
   int32_t row_tiles, row_items;
 };
 
-// What the backward kernel's blocks tell each other. In memory a BwdHeadProgress follows for each
-// KV head of all sequences. Each launch begins with zeros, which the pass over rows writes.
-struct BwdProgress {
-  int32_t next_item;
-  int32_t tiles_taken, tiles_cleared;  // of plan.tiles_to_clear
-  int32_t padding;
-};
-
-struct BwdHeadProgress {
-  int32_t items_done;    // of plan.early_items
-  int32_t pieces_taken;  // of its early tiles' dQ: converted, or about to be
-};
-
-// Sizes in elements of 4 bytes.
+// Sizes in elements.
 struct BwdWorkspace {
-  int64_t stats, dq_sum, partials, progress;
+  int64_t stats, dq_sum, partials;
 };
 
 struct AttentionBwdParams {
@@ -156,15 +138,14 @@ struct AttentionBwdParams {
   int32_t multiprocessors;  // of the device
   int32_t deterministic;    // every sum in one order
   // Workspaces, written before they are read.
-  float* stats;     // (heads and query tiles, 2, rows of a tile): LSE in base 2, then delta
-  float* dq_sum;    // (heads and query tiles, 2, 64 * 64), as accumulators lie; nullptr if
-                    // deterministic
-  float* partials;  // (global items, 2, 128 * head_dim), likewise; nullptr without chunks
-  BwdProgress* progress;
+  float* stats;        // (heads and query tiles, 2, rows of a tile): LSE in base 2, then delta
+  float* dq_sum;       // (heads and query tiles, 2, 64 * 64), as accumulators lie; nullptr if
+                       // deterministic
+  float* partials;     // (global items, 2, 128 * head_dim), likewise; nullptr without chunks
+  int32_t* next_item;  // (1,)
   cudaStream_t stream;
   // Set by the launch.
   float scale_log2;
-  BwdHeadProgress* head_progress;  // (batch * KV heads,)
   BwdPlan plan;
 };
 

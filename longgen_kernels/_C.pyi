@@ -213,6 +213,6 @@ def attn_bwd_sm90(
     stats: int,
     dq_sum: int,
     partials: int,
-    progress: int,
+    next_item: int,
     stream: int,
 ) -> None: ...

@@ -1,7 +1,6 @@
 // The Hopper backward kernel's enumeration of work for the CPU; for test_backward_enumeration.py.
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
 #include <vector>
 
 #include "host_pattern.cuh"
@@ -25,12 +24,9 @@ bool numbered_alike(const AttentionBwdParams& params, const Item& item, int head
 
 template <int kQueryTile>
 int walk(const AttentionBwdParams& params, int32_t* owned, int8_t* seen) {
-  std::vector<int> early_items(params.plan.heads);
   for (int index = 0; index < params.plan.items; ++index) {
     Item item{};
-    const bool exists = find_item<kQueryTile>(params, index, item);
-    if (!item.last) ++early_items[item.head(params)];
-    if (!exists) continue;
+    if (!find_item<kQueryTile>(params, index, item)) continue;
     const int batch = item.sequence.batch;
     std::vector<int> k_rows(kKeyTile, -1);
     std::vector<Run> runs(kKeyTile, {kBeyond, 0});
@@ -66,7 +62,6 @@ int walk(const AttentionBwdParams& params, int32_t* owned, int8_t* seen) {
       for (int i = first; i < last; ++i, ++step) {
         const int tile = tiles.at(params.pattern, item.place(i, tiles.count()));
         if (!numbered_alike<kQueryTile>(params, item, head, tile)) return 3;
-        if (item.last && tile < params.plan.early_tiles) return 9;  // would be converted before
         const int p_tile = (item.sequence.q_start & -kQueryTile) + tile * kQueryTile;
         const bool masked = item.masks(p_tile, kQueryTile);
         bool in_vain[] = {true, true};
@@ -89,25 +84,7 @@ int walk(const AttentionBwdParams& params, int32_t* owned, int8_t* seen) {
       }
     }
   }
-  if (params.plan.early_tiles > 0)
-    for (const int items : early_items)
-      if (items != params.plan.early_items) return 10;  // would be waited for in vain, or not
   return 0;
-}
-
-AttentionBwdParams problem(const int32_t* code, const int32_t* mask_cols, const int32_t* sizes) {
-  AttentionBwdParams params{};
-  params.pattern = decode(code, nullptr, mask_cols);
-  params.batch = sizes[0];
-  params.seqlen_q = sizes[1];
-  params.seqlen_k = sizes[2];
-  params.q_heads = sizes[3];
-  params.kv_heads = sizes[4];
-  params.head_dim = sizes[5];
-  params.q_start = sizes[6];
-  params.k_start = sizes[7];
-  params.multiprocessors = sizes[8];
-  return params;
 }
 
 }  // namespace
@@ -148,7 +125,17 @@ extern "C" int enumerate(const int32_t* code, const int32_t* mask_cols, const in
                          const int32_t* cu_seqlens_q, const int32_t* cu_seqlens_k,
                          const int32_t* q_starts, const int32_t* k_starts, int32_t* owned,
                          int8_t* seen) {
-  AttentionBwdParams params = problem(code, mask_cols, sizes);
+  AttentionBwdParams params{};
+  params.pattern = decode(code, nullptr, mask_cols);
+  params.batch = sizes[0];
+  params.seqlen_q = sizes[1];
+  params.seqlen_k = sizes[2];
+  params.q_heads = sizes[3];
+  params.kv_heads = sizes[4];
+  params.head_dim = sizes[5];
+  params.q_start = sizes[6];
+  params.k_start = sizes[7];
+  params.multiprocessors = sizes[8];
   params.cu_seqlens_q = cu_seqlens_q;
   params.cu_seqlens_k = cu_seqlens_k;
   params.q_starts = q_starts;
@@ -157,13 +144,4 @@ extern "C" int enumerate(const int32_t* code, const int32_t* mask_cols, const in
   const int wrong = params.head_dim == 64 ? walk<query_rows(64)>(params, owned, seen)
                                           : walk<query_rows(128)>(params, owned, seen);
   return wrong != 0 ? -wrong : params.plan.chunks;
-}
-
-// What of a dense batch's sums of dQ is cleared and converted when: the numbers of early tiles and
-// items, of heads and tiles that the pass over rows clears, and of tiles that it leaves.
-extern "C" void plan_of_sums(const int32_t* code, const int32_t* sizes, int32_t* plan) {
-  const BwdPlan made = make_plan(problem(code, nullptr, sizes));
-  const int32_t values[] = {made.early_tiles, made.early_items, made.cleared_heads,
-                            made.clear_until, made.tiles_to_clear};
-  std::copy(std::begin(values), std::end(values), plan);
 }

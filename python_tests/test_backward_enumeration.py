@@ -118,25 +118,6 @@ def test_last_tiles_of_many_heads(pattern: A, library: ctypes.CDLL) -> None:
     check(library, packed("many heads", pattern, (130, 5, 300), q_heads=64, kv_heads=64).at(BF16, 128))
 
 
-@pytest.mark.parametrize(
-    ("tokens", "pattern", "expected"),
-    [
-        # 8 key tiles of each head come last, 1024 of 16384 positions; 62 tiles to clear a multiprocessor take 46 steps,
-        # in which sinks pass 46 tiles and local keys begin with the second head.
-        (16384, A.sink_window(128, 2048), (240, 120, 2, 210, 30 * 210)),
-        (131072, A.sink_window(128, 2048), (2032, 1016, 2, 1676, 30 * 1676)),
-        (16384, A.causal(), (240, 120, 1, 256, 31 * 256)),
-    ],
-)
-def test_sums_are_cleared_and_converted_meanwhile(
-    tokens: int, pattern: A, expected: tuple[int, ...], library: ctypes.CDLL
-) -> None:
-    sizes = np.array([1, tokens, tokens, 32, 32, 128, 0, 0, MULTIPROCESSORS], dtype=np.int32)
-    plan = np.zeros(5, dtype=np.int32)
-    library.plan_of_sums(*map(address, (code(pattern), sizes, plan)))
-    assert tuple(plan) == expected
-
-
 def test_the_documentation_draws_the_items_that_there_are(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,15 +20,10 @@ struct Item {
   Run some, all;          // the queries that see some key of the tile, and that see every row
   int first_step, steps;  // of the (query head, query tile) pairs that see the tile
   int partial;            // where a chunk's sums go, or -1: into the gradients
-  bool last;              // one of the local tiles that come at the end, from all heads
   bool stop;              // no item: there are no more
 
   __host__ __device__ __forceinline__ int q_end() const {
     return sequence.q_start + sequence.q_len;
-  }
-  // The number of its KV head among those of all sequences.
-  __host__ __device__ __forceinline__ int head(const AttentionBwdParams& params) const {
-    return sequence.batch * params.kv_heads + kv_head;
   }
   // Whether some pair of the key tile and `rows` queries from p_tile on is not visible.
   __host__ __device__ __forceinline__ bool masks(int p_tile, int rows) const {
@@ -151,7 +146,6 @@ __host__ __device__ inline bool find_item(const AttentionBwdParams& params, int 
   }
   item.first_step = 0;
   item.partial = -1;
-  item.last = index >= first_of_last;
   item.stop = false;
   if (global && plan.chunks > 1) {
     item.first_step = rest % plan.chunks * plan.chunk_steps;

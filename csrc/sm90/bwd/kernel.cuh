@@ -27,14 +27,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_descriptor(k_map);
     prefetch_descriptor(v_map);
     constexpr int kLoaderWarps = Traits::kLoaderThreads / 32;
-    for (int warp = 0; warp < kLoaderWarps; ++warp) {
-      shared.loads[warp] = 0;
-      Background& work = shared.background[warp];
-      work.all_taken = params.plan.tiles_to_clear == 0;
-      work.head = params.plan.early_tiles > 0 ? 0 : params.plan.heads;
-      work.complete = false;
-    }
-    shared.finishing_head = -1;
+    for (int warp = 0; warp < kLoaderWarps; ++warp) shared.loads[warp] = 0;
     for (int slot = 0; slot < 2; ++slot) {
       shared.item_full[slot].init(1);
       shared.item_empty[slot].init(Traits::kMathWarps + kLoaderWarps);

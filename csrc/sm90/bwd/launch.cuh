@@ -27,7 +27,6 @@ template <typename T, int kHeadDim>
 void launch_attn_bwd(AttentionBwdParams params) {
   params.plan = make_plan(params);
   params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
-  params.head_progress = reinterpret_cast<BwdHeadProgress*>(params.progress + 1);
   const BwdPlan& plan = params.plan;
   const int batch = params.cu_seqlens_q != nullptr ? 1 : params.batch;
   if (batch == 0 || params.seqlen_q == 0 || params.seqlen_k == 0) return;
@@ -64,8 +63,7 @@ void launch_attn_bwd(AttentionBwdParams params) {
     using Traits = BwdTraits<T, kHeadDim, true>;
     launch_persistent<Traits>(attn_bwd_kernel<Traits>, plan.items, params, params, q, dout, k, v);
     LONGGEN_CHECK_LAUNCH("attn_bwd_kernel");
-    const dim3 dq_grid(std::min(plan.q_tiles, kDqBlocksOfHead), params.q_heads, batch);
-    bwd_dq_kernel<T, kHeadDim><<<dq_grid, 256, 0, params.stream>>>(params);
+    bwd_dq_kernel<T, kHeadDim><<<query_grid, 256, 0, params.stream>>>(params);
     LONGGEN_CHECK_LAUNCH("bwd_dq_kernel");
   }
   if (plan.chunks > 1) {

@@ -100,7 +100,6 @@ class BwdMathWarpgroup {
       shared_.v_full.wait(n & 1);
     }
     for (unseen = item.steps - own.hi; unseen > 0; --unseen) pass();
-    __syncwarp();  // so that it says of all lanes that their part of dQ was added, too
     release(shared_.keys_empty);
     store_gradients<Traits>(params_, shared_.items[n % 2], shared_.rows[n % 2], warpgroup_,
                             key_row(), dk, dv);

@@ -2,7 +2,6 @@
 // of chunks.
 #pragma once
 
-#include "sm90/bwd/background.cuh"
 #include "sm90/bwd/gradients.cuh"
 #include "sm90/bwd/rows.cuh"
 #include "sm90/bwd/traits.cuh"
@@ -10,15 +9,16 @@
 
 namespace longgen::sm90 {
 
-// Query tile `tile` of a head in the grid (blocks, query heads, batch) of the passes over queries.
+// A query tile in the grid (tiles, query heads, batch) of the passes over queries.
 template <int kRows>
 struct QueryTile {
   Sequence sequence;
   int index;   // among all heads' query tiles
   int p_tile;  // position of its first row; may lie before the sequence
 
-  __device__ QueryTile(const AttentionBwdParams& params, int tile)
-      : index((blockIdx.z * params.q_heads + blockIdx.y) * params.plan.q_tiles + tile) {
+  __device__ explicit QueryTile(const AttentionBwdParams& params)
+      : index((blockIdx.z * params.q_heads + blockIdx.y) * params.plan.q_tiles + blockIdx.x) {
+    int tile = blockIdx.x;
     sequence = params.cu_seqlens_q == nullptr ? dense_sequence(params, blockIdx.z)
                                               : packed_sequence<true>(params, kRows, 2, tile);
     p_tile = (sequence.q_start & -kRows) + tile * kRows;
@@ -32,14 +32,13 @@ struct QueryTile {
 };
 
 // delta = rowsum(dO * O) - dLSE, and the LSE in base 2: +inf, so that its weights are 0, for a row
-// that sees nothing or does not exist. Clears what blocks have told each other, and those of dQ's
-// sums that are added to first.
+// that sees nothing or does not exist. Clears dQ's sums and the count of items.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(256)
     bwd_rows_kernel(const __grid_constant__ AttentionBwdParams params) {
   constexpr int kRows = query_rows(kHeadDim);
   constexpr int kChunks = kHeadDim / 8;  // threads a row
-  const QueryTile<kRows> tile(params, blockIdx.x);
+  const QueryTile<kRows> tile(params);
   const int head = blockIdx.y;
   const int chunk = threadIdx.x % kChunks;
   float* const stats = params.stats + static_cast<int64_t>(tile.index) * 2 * kRows;
@@ -76,53 +75,35 @@ __global__ void __launch_bounds__(256)
     stats[row] = blind ? INFINITY : lse * 1.4426950408889634f;
     stats[kRows + row] = blind ? 0.f : delta;
   }
-  const BwdPlan& plan = params.plan;
-  if (tile.index == 0) {
-    constexpr int kBefore = sizeof(BwdProgress) / sizeof(int32_t);
-    for (int i = threadIdx.x; i < kBefore + 2 * plan.heads; i += 256)
-      reinterpret_cast<int32_t*>(params.progress)[i] = 0;
-  }
+  if (threadIdx.x == 0 && tile.index == 0) *params.next_item = 0;
   if (params.dq_sum == nullptr) return;
-  const int kv_head = tile.index / plan.q_tiles / plan.group;  // of all sequences
-  if (kv_head >= plan.cleared_heads && blockIdx.x < plan.clear_until) return;
-  clear_sums<kRows * kHeadDim, 256>(
-      params.dq_sum + static_cast<int64_t>(tile.index) * kRows * kHeadDim, threadIdx.x);
+  float4* const dq_sum = reinterpret_cast<float4*>(params.dq_sum) +
+                         static_cast<int64_t>(tile.index) * kRows * kHeadDim / 4;
+#pragma unroll
+  for (int i = threadIdx.x; i < kRows * kHeadDim / 4; i += 256)
+    dq_sum[i] = float4{0.f, 0.f, 0.f, 0.f};
 }
 
-// Blocks that share a head's query tiles, most of which are usually done.
-constexpr int kDqBlocksOfHead = 256;
-
-// dQ as a tensor, as far as the kernel has not written it already.
+// dQ as a tensor.
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(256)
     bwd_dq_kernel(const __grid_constant__ AttentionBwdParams params) {
   constexpr int kRows = query_rows(kHeadDim);
-  const BwdPlan& plan = params.plan;
-  const int head = blockIdx.z * params.q_heads + blockIdx.y;
-  // Of the early tiles of this query head; the KV head's others come before or after.
-  const int taken = plan.early_tiles == 0
-                        ? 0
-                        : params.head_progress[head / plan.group].pieces_taken -
-                              head % plan.group * plan.early_tiles * kPiecesOfTile;
-  const int done = max(min(taken / kPiecesOfTile, plan.early_tiles), 0);
-#pragma unroll 1
-  for (int slot = done + blockIdx.x; slot < plan.q_tiles; slot += gridDim.x) {
-    const QueryTile<kRows> tile(params, slot);
-    const DqPart<kHeadDim> part(threadIdx.x / 128);
-    float dq[DqPart<kHeadDim>::kFloats / 128] = {};
-    add_accumulators(
-        params.dq_sum + static_cast<int64_t>(tile.index) * kRows * kHeadDim + part.offset, dq);
-    T* rows[2];
+  const QueryTile<kRows> tile(params);
+  const DqPart<kHeadDim> part(threadIdx.x / 128);
+  float dq[DqPart<kHeadDim>::kFloats / 128] = {};
+  add_accumulators(
+      params.dq_sum + static_cast<int64_t>(tile.index) * kRows * kHeadDim + part.offset, dq);
+  T* rows[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int q_row = tile.tensor_row(part.row + accumulator_row() + 8 * half);
-      const int64_t row =
-          (static_cast<int64_t>(tile.sequence.batch) * params.seqlen_q + q_row) * params.q_heads +
-          blockIdx.y;
-      rows[half] = q_row < 0 ? nullptr : static_cast<T*>(params.dq) + row * kHeadDim + part.column;
-    }
-    store_rows(rows[0], rows[1], dq, params.softmax_scale);
+  for (int half = 0; half < 2; ++half) {
+    const int q_row = tile.tensor_row(part.row + accumulator_row() + 8 * half);
+    const int64_t row =
+        (static_cast<int64_t>(tile.sequence.batch) * params.seqlen_q + q_row) * params.q_heads +
+        blockIdx.y;
+    rows[half] = q_row < 0 ? nullptr : static_cast<T*>(params.dq) + row * kHeadDim + part.column;
   }
+  store_rows(rows[0], rows[1], dq, params.softmax_scale);
 }
 
 // dK and dV of the global key tiles from their chunks' sums, always in the same order; grid (tiles,

@@ -16,41 +16,6 @@ constexpr int kLastItems = 256;
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Steps in which the loader warps of a multiprocessor clear the sums of four tiles of dQ, beside
-// all else.
-constexpr int kStepsOfFourClears = 3;
-
-// Which sums of dQ the pass over rows clears: those that the first items add to until the kernel
-// has cleared the others. Of global keys that is every head's last tiles, as they pass the queries
-// backwards; of the others, the first heads.
-void plan_clearing(const AttentionBwdParams& params, int64_t steps, BwdPlan& plan) {
-  const int64_t tiles = static_cast<int64_t>(plan.heads) * plan.group * plan.q_tiles;
-  const int64_t steps_of_clearing = tiles * kStepsOfFourClears / 4 / params.multiprocessors;
-  const int64_t share = std::max<int64_t>(steps / params.multiprocessors, 1);
-  plan.cleared_heads =
-      static_cast<int>(std::min<int64_t>(plan.heads, plan.heads * steps_of_clearing / share + 1));
-  plan.clear_until = plan.q_tiles;
-  if (plan.global_slots > 0)
-    plan.clear_until = static_cast<int>(std::max<int64_t>(plan.q_tiles - steps_of_clearing, 0));
-  plan.tiles_to_clear = (plan.heads - plan.cleared_heads) * plan.group * plan.clear_until;
-}
-
-// The query tiles of a head that none of the last local tiles adds to: those before their keys.
-template <int kQueryTile>
-int early_tiles(const AttentionBwdParams& params) {
-  if (!params.pattern.causal) return 0;
-  int early = params.plan.q_tiles;
-  for (int head = 0; head < params.kv_heads; ++head) {
-    const KeyTiles tiles(params.pattern, params.k_start, params.k_start + params.seqlen_k, head);
-    const int slot = params.plan.local_slots - params.plan.last_slots;
-    if (slot >= tiles.locals()) continue;
-    const int first = tiles[tiles.globals() + slot].first_position(params.pattern);
-    const int tile0 = params.q_start & -kQueryTile;
-    early = std::min(early, std::max(first - tile0, 0) / kQueryTile);
-  }
-  return early;
-}
-
 // The steps of all items of a dense batch, from a few of each class of head 0.
 template <int kQueryTile>
 int64_t estimated_steps(const AttentionBwdParams& params) {
@@ -115,13 +80,6 @@ BwdPlan plan_tiles(AttentionBwdParams params) {
   plan.heads = params.kv_heads * batch;
   plan.last_slots = std::min(plan.local_slots, kLastItems / std::max(plan.heads, 1));
   plan.items = plan.global_items + plan.local_slots * plan.heads;
-
-  plan.cleared_heads = plan.heads;
-  if (packed) return plan;
-  plan.early_tiles = early_tiles<kQueryTile>(params);
-  plan.early_items = plan.global_slots * plan.chunks + plan.local_slots - plan.last_slots;
-  if (pattern.mask_cols == nullptr)
-    plan_clearing(params, estimated_steps<kQueryTile>(params), plan);
   return plan;
 }
 
@@ -138,8 +96,7 @@ BwdWorkspace workspace(const AttentionBwdParams& params, const BwdPlan& plan) {
   return {rows * 2, params.deterministic ? 0 : rows * params.head_dim,
           plan.chunks == 1
               ? 0
-              : static_cast<int64_t>(plan.global_items) * 2 * kKeyTile * params.head_dim,
-          static_cast<int64_t>(sizeof(BwdProgress) + plan.heads * sizeof(BwdHeadProgress)) / 4};
+              : static_cast<int64_t>(plan.global_items) * 2 * kKeyTile * params.head_dim};
 }
 
 }  // namespace longgen::sm90

@@ -4,7 +4,6 @@
 
 #include "arch/sm90/shared_copy.cuh"
 #include "arch/sm90/tma.cuh"
-#include "sm90/bwd/background.cuh"
 #include "sm90/bwd/traits.cuh"
 
 namespace longgen::sm90 {
@@ -22,15 +21,6 @@ __device__ __forceinline__ void copy_queries(const CUtensorMap& map, Mbarrier& d
     copy_box(map, done, tile + panel * Traits::kQueryPanelBytes, panel * 64, row, head, batch);
 }
 
-// Every later tile may be added to.
-template <int kQueryTile>
-__device__ __forceinline__ void wait_for_cleared_sums(const AttentionBwdParams& params,
-                                                      Stream<kQueryTile>& stream) {
-  while (!sums_are_cleared(params)) __nanosleep(200);
-  stream.cleared_heads = params.plan.heads;
-  stream.clear_until = 0;
-}
-
 // The query tiles in places `first` to `last` - 1 of the stream's head.
 template <typename Traits>
 __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
@@ -46,9 +36,6 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
     shared.q_empty[q_stage].wait((step / Traits::kQStages & 1) ^ 1);
     const int tile = stream.tiles.at(params.pattern, item.place(i, stream.tiles.count()));
     const int p_tile = (item.sequence.q_start & -Traits::kBlockM) + tile * Traits::kBlockM;
-    if constexpr (Traits::kAddsDq) {
-      if (tile < stream.clear_until) wait_for_cleared_sums(params, stream);
-    }
     Step& info = shared.steps[q_stage];
     info = {p_tile, stream.q_tile0 + tile, item.masks(p_tile, Traits::kBlockM)};
     q_full.arrive_and_expect(Traits::kQueryBytes);
@@ -74,24 +61,18 @@ __device__ void produce(const CUtensorMap& q_map, const CUtensorMap& dout_map,
   const AttentionBwdParams& params = shared.params;
   auto& stream = shared.stream;
   stream.step = 0;
-  stream.cleared_heads = params.plan.cleared_heads;
-  stream.next_item = atomicAdd(&params.progress->next_item, 1);
+  stream.next_item = atomicAdd(params.next_item, 1);
   for (stream.n = 0;; ++stream.n) {
     Item& item = shared.items[stream.n % 2];
     shared.item_empty[stream.n % 2].wait((stream.n / 2 & 1) ^ 1);
     while (stream.next_item < params.plan.items &&
-           !find_item<Traits::kBlockM>(params, stream.next_item, item)) {
-      if constexpr (Traits::kAddsDq) {
-        if (!item.last) count_item(params, item.head(params));
-      }
-      stream.next_item = atomicAdd(&params.progress->next_item, 1);
-    }
+           !find_item<Traits::kBlockM>(params, stream.next_item, item))
+      stream.next_item = atomicAdd(params.next_item, 1);
     item.stop = stream.next_item >= params.plan.items;
     shared.item_full[stream.n % 2].arrive();
     if (item.stop) return;
 
     stream.head = item.kv_head * params.plan.group;
-    stream.clear_until = item.head(params) < stream.cleared_heads ? 0 : params.plan.clear_until;
     stream.skipped = item.first_step;
     stream.left = item.steps;
     while (stream.left > 0) {
@@ -105,7 +86,7 @@ __device__ void produce(const CUtensorMap& q_map, const CUtensorMap& dout_map,
       stream_queries<Traits>(params, q_map, dout_map, shared, item, first, last);
       ++stream.head;
     }
-    stream.next_item = atomicAdd(&params.progress->next_item, 1);
+    stream.next_item = atomicAdd(params.next_item, 1);
   }
 }
 
@@ -175,40 +156,6 @@ __device__ __forceinline__ void load_boxes(const AttentionBwdParams& params,
            panel * 64, item.k_row(position), item.kv_head, item.sequence.batch);
 }
 
-// The keys of an item are on their way, so that those of the one before are no longer needed, and
-// all that it adds to dQ has been added.
-template <typename Traits>
-__device__ __forceinline__ void finish_load(typename Traits::Shared& shared) {
-  forget_registers();
-  const int thread = loader_thread();
-  if (thread % 32 != 0) return;
-  uint32_t& n = shared.loads[thread / 32];
-  const Item& item = shared.items[n % 2];
-  int finished = -1;
-  if (Traits::kAddsDq && thread == 0) {
-    finished = shared.finishing_head;
-    shared.finishing_head = item.last ? -1 : item.head(shared.params);
-  }
-  shared.item_empty[n % 2].arrive();
-  ++n;
-  if (finished >= 0) count_item(shared.params, finished);
-}
-
-// What is to do until the next item is there.
-template <typename Traits>
-__device__ __forceinline__ void work_in_background(typename Traits::Shared& shared) {
-  const AttentionBwdParams& params = shared.params;
-  while (true) {
-    const uint32_t n = shared.loads[loader_thread() / 32];
-    // The first item's keys come first. All lanes are to agree.
-    if (n == 0 || __any_sync(0xffffffff, shared.item_full[n % 2].is_complete(n / 2 & 1))) return;
-    forget_registers();
-    Background& work = shared.background[loader_thread() / 32];
-    if (!clear_tile<Traits>(params, work) && !convert_piece<Traits>(params, work)) return;
-    forget_registers();
-  }
-}
-
 // Threads kFirstLoader and following. Keys come in boxes, or where blocks are small or rows not the
 // tile's own, one row at a time, from wherever they are; rows that are not its own become zeros.
 template <typename Traits>
@@ -216,11 +163,10 @@ __device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
                           typename Traits::Shared& shared) {
   const AttentionBwdParams& params = shared.params;
   while (true) {
-    if constexpr (Traits::kAddsDq) work_in_background<Traits>(shared);
     const uint32_t n = shared.loads[loader_thread() / 32];
     const Item& item = shared.items[n % 2];
     shared.item_full[n % 2].wait(n / 2 & 1);
-    if (item.stop) break;
+    if (item.stop) return;
     list_rows<Traits>(params.pattern, item, shared.rows[n % 2]);
     named_barrier_sync(kLoaderBarrier, Traits::kLoaderThreads);
 
@@ -237,12 +183,11 @@ __device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
     shared.k_full.arrive();
     shared.v_full.arrive();
     __syncwarp();
-    finish_load<Traits>(shared);
-    __syncwarp();
-  }
-  if constexpr (Traits::kAddsDq) {
-    while (clear_tile<Traits>(params, shared.background[loader_thread() / 32])) {
+    if (loader_thread() % 32 == 0) {
+      shared.loads[loader_thread() / 32] = n + 1;
+      shared.item_empty[n % 2].arrive();
     }
+    __syncwarp();
   }
 }
 

@@ -28,23 +28,9 @@ struct Stream {
   uint32_t step;  // of the Q and dO pipelines
   int next_item;
   int head;                      // of queries
-  int cleared_heads;             // so many KV heads' sums of dQ are known to be cleared,
-  int clear_until;               // and of the stream's head those of tiles from here on
   int skipped, left;             // steps before the item's first one, and to go
   int q_tile0;                   // number of the head's tile 0 among all heads' query tiles
   QueryTiles<kQueryTile> tiles;  // of the head
-};
-
-// What one of the warps that fetch keys does meanwhile.
-struct Background {
-  bool all_taken;  // no sums are left to be cleared
-  int head;        // the first KV head, of all sequences, that may have pieces of dQ left
-  bool complete;   // whether its early tiles are
-  // The piece at work.
-  bool found;
-  int row;       // the tensor's of its first one; may lie before it
-  int64_t sums;  // where they begin, in units of 4
-  int64_t dq;    // element 0 of its columns in row 0 of its head
 };
 
 // The 64 x 64 elements of a query tile's dQ that a math warpgroup computes: at head_dim 128 some of
@@ -108,8 +94,6 @@ struct BwdTraits {
     Step steps[kQStages];
     Stream<kBlockM> stream;
     uint32_t loads[kLoaderThreads / 32];  // of items, by each of these warps
-    Background background[kLoaderThreads / 32];
-    int finishing_head;         // of the item at work, or -1: it does not count
     AttentionBwdParams params;  // for the producer: what follows from them it is to compute anew
     Mbarrier item_full[2], item_empty[2];
     Mbarrier k_full, v_full, keys_empty;

@@ -64,11 +64,11 @@ def attn_bwd(
         "deterministic": problem.deterministic,
         "multiprocessors": _multiprocessors(q.device),
     }
-    elements = _C.attn_bwd_sm90_workspace(**sizes, packed=problem.varlen)
+    floats = _C.attn_bwd_sm90_workspace(**sizes, packed=problem.varlen)
     stats, dq_sum, partials = (
-        torch.empty(elements[name], dtype=torch.float32, device=q.device) for name in ("stats", "dq_sum", "partials")
+        torch.empty(floats[name], dtype=torch.float32, device=q.device) for name in ("stats", "dq_sum", "partials")
     )
-    progress = torch.empty(elements["progress"], dtype=torch.int32, device=q.device)
+    next_item = torch.empty(1, dtype=torch.int32, device=q.device)
     dlse_strides = (0, 0, 0)
     if dlse is not None:
         dlse_strides = (dlse.stride(0) if dlse.ndim == 3 else 0, dlse.stride(-2), dlse.stride(-1))
@@ -97,7 +97,7 @@ def attn_bwd(
             stats=stats.data_ptr(),
             dq_sum=dq_sum.data_ptr(),
             partials=partials.data_ptr(),
-            progress=progress.data_ptr(),
+            next_item=next_item.data_ptr(),
             stream=current_stream(q),
         )
     return dq, dk, dv
