@@ -138,7 +138,7 @@ struct AttentionBwdParams {
   int32_t multiprocessors;  // of the device
   int32_t deterministic;    // every sum in one order
   // Workspaces, written before they are read.
-  float* stats;        // (heads and query tiles, 2, rows of a tile): LSE in base 2, then delta
+  float* stats;        // of query tiles: see sm90/bwd/statistics.cuh
   float* dq_sum;       // (heads and query tiles, 2, 64 * 64), as accumulators lie; nullptr if
                        // deterministic
   float* partials;     // (global items, 2, 128 * head_dim), likewise; nullptr without chunks

@@ -220,37 +220,38 @@ def test_hopper_backward_overlaps_arithmetic_with_matrix_products() -> None:
     kernels = hopper_kernels("attn_bwd_kernel")
     # Of each dtype and head_dim one that adds up dQ and, for deterministic gradients, one that does not.
     assert sum("Li64E" in name_of(text) for text in kernels) == sum("Li128E" in name_of(text) for text in kernels) == 4
-    assert sum("REDG" in text for text in kernels) == 4
+    assert sum("UBLKRED" in text for text in kernels) == 4
     for text in kernels:
-        adds_dq = "REDG" in text
+        adds_dq, large = "UBLKRED" in text, "Li128E" in name_of(text)
         waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", text)
         products = [part.count("HGMMA") for part in waits[::2]]
-        scores = 8 if "Li128E" in name_of(text) else 4  # head_dim / 16
+        scores = 8 if large else 4  # head_dim / 16
         if adds_dq:
             # Steps in which nobody sees the warpgroup's keys, dQ from the other's 64: before the first scores, one
             # behind them, and at the end.
             assert products[:3] == [4, scores, 4]
             assert (waits[-2], products[-2:]) == ("0x0", [4, 0])
             waits, products = [waits[2], *waits[5:-3], waits[-1]], [scores, *products[3:-2], products[-1]]
-            assert waits[10].count("REDG.E.ADD.F32x4") == 8
         assert sum(part.count("R2UR") for part in waits[2:-1:2]) < 20  # descriptors live in uniform registers
-        if "Li128E" in name_of(text):
-            # First scores; then a tile's scores, dP, dV and dQ (or the next scores); then the last dK.
-            assert waits[1::2] == ["0x0", "0x1", "0x2", "0x1", "0x1", "0x0"]
-            assert products == [8, 8, 12, 0, 12 if adds_dq else 4, 0, 0]
-            assert waits[2].count("MUFU.EX2") >= 24  # beside the last tile's dK
-            assert waits[2].count("MUFU.EX2") + waits[4].count("MUFU.EX2") == 32
-            assert waits[6].count("F2FP") == 16  # dS, beside dV and the next scores
-            assert waits[6].count("LDS.64") == 0  # delta was read before
-            assert waits[6].count("STSM") == 4
+        # First scores; then a tile's dP; at head_dim 128 the next scores, and dV; at head_dim 64 those scores, dQ and
+        # dK; nothing more is issued until dQ is there.
+        dq = 8 if adds_dq else 0
+        assert products[:4] == [scores, scores, 8 + 4 if large else 8, dq + (4 if large else 4 + 8)]
+        assert set(products[4:]) == {0}
+        if adds_dq:
+            assert waits[1::2] == ["0x0", "0x1", "0x2" if large else "0x1", "0x2", "0x1", "0x0"]
         else:
-            # First scores; then the last tile's dK, a tile's dP, dV and dQ (or the next scores); then the last dK.
-            assert waits[1::2] == ["0x0", "0x0", "0x1", "0x0", "0x1", "0x0"]
-            assert products == [4, 0, 12, 0, 20 if adds_dq else 12, 0, 0]
-            assert waits[2].count("MUFU.EX2") == 32  # beside the last tile's dK
-            assert waits[4].count("MUFU.EX2") == 32  # beside dP
-            assert waits[6].count("F2FP") == 32  # dS, beside dV
-            assert waits[6].count("STSM") == 8
+            assert waits[1::2] == ["0x0", "0x1", "0x2" if large else "0x1", "0x1", "0x0"]
+        _, exp2, issue, ds, beside_dq, after_dq = waits[:12:2] if adds_dq else [*waits[:10:2], waits[-1]]
+        half = 16 if large else 32
+        assert exp2.count("MUFU.EX2") == 2 * half  # of the first tile, before the loop, and the loop's other half
+        assert beside_dq.count("MUFU.EX2") == half  # while dQ or, without it, dK is in flight
+        assert ds.count("F2FP") == half  # beside dV and at head_dim 128 the next scores
+        assert ds.count("STSM") == half // 4
+        if large:  # delta and LSE are read before products that would keep them waiting
+            assert issue.count("LDS.128") == ds.count("LDS.128") == 4
+        if adds_dq:
+            assert after_dq.count("STS.128") == 8  # then the copy engine adds it up
 
 
 @needs_extension

@@ -145,7 +145,7 @@ def test_keys_and_values_of_two_layouts(n: int, poison: Any) -> None:
     _, alike = model_and_cache(PATTERNS["sink and window"], "cuda", poison, batch=2)
     for _ in range(3):
         q, k, v = new_tokens(model, n, 4)
-        turned = k.transpose(1, 2).contiguous().transpose(1, 2)
+        turned = k.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
         assert turned.stride() != v.stride()
         out = longgen_attn_with_kvcache(q, cache, turned, v)
         assert torch.equal(out, longgen_attn_with_kvcache(q, alike, k, v))

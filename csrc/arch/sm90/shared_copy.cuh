@@ -59,13 +59,4 @@ __device__ __forceinline__ void store_matrices(uint32_t shared, uint32_t m0, uin
                : "memory");
 }
 
-// Loads what `store_transposed` stored, by the same addresses.
-__device__ __forceinline__ void load_transposed(uint32_t shared, uint32_t& m0, uint32_t& m1,
-                                                uint32_t& m2, uint32_t& m3) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(m0), "=r"(m1), "=r"(m2), "=r"(m3)
-               : "r"(shared)
-               : "memory");
-}
-
 }  // namespace longgen::sm90

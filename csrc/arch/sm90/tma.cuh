@@ -34,4 +34,23 @@ __device__ __forceinline__ void copy_bytes(const void* global, Mbarrier& done, v
       : "memory");
 }
 
+// Adds floats in shared memory to others in memory, in no order with other additions; `bytes` is a
+// multiple of 16. Whoever wrote them has to fence those writes.
+__device__ __forceinline__ void add_floats(float* global, const float* shared, uint32_t bytes) {
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
+      "cp.async.bulk.commit_group;" ::"l"(global),
+      "r"(shared_address(shared)), "r"(bytes)
+      : "memory");
+}
+
+// Waits until this thread's additions have read shared memory, or until they are done.
+__device__ __forceinline__ void wait_for_reads() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+__device__ __forceinline__ void wait_for_additions() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 }  // namespace longgen::sm90

@@ -82,19 +82,20 @@ struct Wgmma;
       mode(d[57]), mode(d[58]), mode(d[59]), mode(d[60]), mode(d[61]), mode(d[62]), mode(d[63])
 
 // One instruction shape: `A0` to `A6` are the names that follow the accumulators'. Both operands
-// are K-major, or with kTransB B is N-major; `accumulate` false overwrites d.
+// are K-major, or with kTransA and kTransB M- and N-major; `accumulate` false overwrites d.
 #define LONGGEN_WGMMA(N, T, TYPE, A0, A1, A2, A3, A4, A5, A6)                                      \
   template <>                                                                                      \
   struct Wgmma<N, T> {                                                                             \
-    template <bool kTransB>                                                                        \
+    template <bool kTransA, bool kTransB>                                                          \
     __device__ __forceinline__ static void ss(float (&d)[N / 2], uint64_t a, uint64_t b,           \
                                               bool accumulate) {                                   \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " A2                                          \
                    ", 0;\n"                                                                        \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                 \
-                   " {" LONGGEN_NAMES_##N "}, " A0 ", " A1 ", p, 1, 1, 0, " A3 ";\n}\n"            \
+                   " {" LONGGEN_NAMES_##N "}, " A0 ", " A1 ", p, 1, 1, " A3 ", " A4 ";\n}\n"       \
                    : LONGGEN_OPERANDS_##N("+f")                                                    \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransB ? 1 : 0));     \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransA ? 1 : 0),      \
+                     "n"(kTransB ? 1 : 0));                                                        \
     }                                                                                              \
     /* Overwrites d, which need not have a value: a product that follows others in flight must not \
        wait for what earlier computation left there. */                                            \

@@ -234,10 +234,11 @@ class DqMathWarpgroup {
       delta[half] = 0.f;
       if (p < work.q_start || p >= work.q_start + work.q_len) continue;
       const int tile = tile0 + (p - (work.q_start & -kRows)) / kRows;
-      const float* stats =
-          params_.stats + static_cast<int64_t>(tile) * 2 * kRows + (p & (kRows - 1));
+      const float* stats = params_.stats +
+                           static_cast<int64_t>(tile) * 2 * statistics_floats(kRows) +
+                           statistics_slot<kRows>(p & (kRows - 1));
       lse[half] = stats[0];
-      delta[half] = stats[kRows];
+      delta[half] = stats[statistics_floats(kRows)];
     }
   }
 
@@ -277,7 +278,7 @@ class DqMathWarpgroup {
       if (k == 0) {
         Wgmma<Traits::kBlockN, T>::template ss_first<false>(d, a_k, b_k);
       } else {
-        Wgmma<Traits::kBlockN, T>::template ss<false>(d, a_k, b_k, true);
+        Wgmma<Traits::kBlockN, T>::template ss<false, false>(d, a_k, b_k, true);
       }
     }
     wgmma_commit();

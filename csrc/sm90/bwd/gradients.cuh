@@ -25,8 +25,9 @@ __device__ __forceinline__ void store_gradients(const AttentionBwdParams& params
   if (item.partial >= 0) {
     float* const sums =
         params.partials + static_cast<int64_t>(item.partial) * 2 * Traits::kBlockN * kHeadDim;
-    store_accumulators(sums + warpgroup * 64 * kHeadDim, dk);
-    store_accumulators(sums + (Traits::kBlockN + warpgroup * 64) * kHeadDim, dv);
+    const int first = (key_row & -16) * kHeadDim;  // a warp's 16 rows
+    store_accumulators(sums + first, dk);
+    store_accumulators(sums + Traits::kBlockN * kHeadDim + first, dv);
     return;
   }
   T* dk_rows[2];

@@ -1,16 +1,16 @@
 // A math warpgroup: dK and dV of 64 keys, and 64 x 64 of dQ of every query tile that passes.
 //
-// Scores are computed transposed, keys by queries: P and dS then lie in registers as dV += P^T dO
-// and dK += dS^T Q want them, and only dQ = dS K needs dS in shared memory. Always some matrix
-// product is in flight while a thread computes: dP during exp2, dV and the next tile's scores
-// during dS, dK while dQ is put down.
+// Scores are computed transposed, keys by queries: P lies in registers then as dV += P^T dO wants
+// it. dK += dS^T Q and dQ = dS K read dS from shared memory. Beside all that a thread computes
+// matrix products are in flight: dQ and dK beside the first half of exp2, dK beside the second and
+// the way of dQ out of the registers, the next scores and dV beside dS.
 #pragma once
 
 #include "arch/sm90/barrier.cuh"
 #include "arch/sm90/tma.cuh"
-#include "arch/sm90/wgmma.cuh"
 #include "attention/softmax.cuh"
 #include "sm90/bwd/gradients.cuh"
+#include "sm90/bwd/products.cuh"
 #include "sm90/bwd/rows.cuh"
 #include "sm90/bwd/score_gradients.cuh"
 #include "sm90/bwd/traits.cuh"
@@ -18,7 +18,8 @@
 namespace longgen::sm90 {
 
 // Named barriers; 0 is __syncthreads, 1 the producer's.
-constexpr int kClearBarrier = 2;  // + warpgroup: other sequences' rows are cleared
+constexpr int kClearBarrier = 2;   // + warpgroup: other sequences' rows are cleared
+constexpr int kStoredBarrier = 4;  // + warpgroup: its dS is stored
 
 template <typename Traits>
 class BwdMathWarpgroup {
@@ -26,9 +27,9 @@ class BwdMathWarpgroup {
   static constexpr int kScores = Traits::kBlockM / 2;  // accumulators a thread
   static constexpr int kGradients = Traits::kHeadDim / 2;
   static constexpr int kChunks = Traits::kBlockM / 8;  // of queries; a thread has two of each
-  static constexpr bool kTwoTiles = Traits::kTwoTilesFit;
-  using Part = DqPart<Traits::kHeadDim>;
-  static constexpr int kDq = Part::kFloats / 128;
+  static constexpr bool kTwoTilesFit = Traits::kTwoTilesFit;
+  static constexpr int kEarly = kScores / 2;  // scores that are weighed before dQ is there
+  static constexpr int kDq = DqPart<Traits::kHeadDim>::kFloats / 128;
 
  public:
   __device__ BwdMathWarpgroup(const AttentionBwdParams& params, typename Traits::Shared& shared,
@@ -47,6 +48,7 @@ class BwdMathWarpgroup {
       __syncwarp();
       release(shared_.item_empty[n % 2]);
     }
+    wait_for_additions();
   }
 
  private:
@@ -57,6 +59,9 @@ class BwdMathWarpgroup {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
     return thread % 128;
   }
+
+  // Of all math warps.
+  __device__ __forceinline__ int warp() const { return warpgroup_ * 4 + thread() / 32; }
 
   // The first of this thread's two rows in the key tile.
   __device__ __forceinline__ int key_row() const {
@@ -81,18 +86,21 @@ class BwdMathWarpgroup {
     shared_.k_full.wait(n & 1);
     if (own.lo < own.hi) {
       float s[kScores];
-      uint32_t ds[kScores / 2] = {};
       for (; unseen > 1; --unseen) pass();
       // While the other warpgroup computes what this one has to wait for, the first scores.
       if (unseen > 0) offer_zeros();
-      issue_scores(s, item, step_ + unseen, true);
+      wait_for_queries(item, step_ + unseen);
+      issue_scores(s, step_ + unseen);
       shared_.v_full.wait(n & 1);
       wgmma_wait<0>();
       pin(s);
       if (unseen > 0) add_query_gradient_of_others();
-      for (int left = own.hi - own.lo - 1; left >= 0; --left) {
-        step(dk, dv, s, ds, n, left > 0);
-      }
+      float2 lse[kChunks];
+      read_stats(lse, shared_.lse[step_ % Traits::kQStages]);
+      bool masked = shared_.steps[step_ % Traits::kQStages].masked;
+      begin_weights(s, lse, n, step_ % Traits::kQStages, masked);
+      for (int i = own.lo; i < own.hi; ++i) step(dk, dv, s, masked, n, i == own.lo, i + 1 < own.hi);
+      if constexpr (Traits::kAddsDq) add_query_gradient(step_ - 1);
       wgmma_wait<0>();
       pin(dk);
       pin(dv);
@@ -105,82 +113,71 @@ class BwdMathWarpgroup {
                             key_row(), dk, dv);
   }
 
-  // One query tile, whose scores are in flight or there.
+  // One query tile, whose scores are there and weighed by half, behind dK of the tile before.
   __device__ __forceinline__ void step(float (&dk)[kGradients], float (&dv)[kGradients],
-                                       float (&s)[kScores], uint32_t (&ds)[kScores / 2], uint32_t n,
+                                       float (&s)[kScores], bool& masked, uint32_t n, bool first,
                                        bool more) {
     const Item& item = shared_.items[n % 2];
     const uint32_t q_stage = step_ % Traits::kQStages;
     const uint32_t stage = step_ % Traits::kDoutStages;
     const uint32_t ds_address = shared_address(shared_.ds[step_ % 2]);
-    const float* const lse_of_rows = shared_.stats[stage][0];
-    const float* const delta_of_rows = shared_.stats[stage][1];
-    uint32_t p[kScores / 2];
+    uint32_t p[kScores / 2], ds[kScores / 2];
     float dp[kScores];
-    float2 lse[kChunks], delta[kChunks];
 
+    // The registers of dP were dQ's, which is on its way to shared memory.
+    weigh<kEarly, kScores>(s, n, q_stage, masked);
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    // dP follows the last tile's dK at once, or where two tiles do not fit, when dK is there: then
-    // half of the scores are weighed beside dK, and their mask, a branch, keeps ptxas from moving
-    // that behind the wait.
-    constexpr int kBesideDk = kTwoTiles ? kScores : kScores / 2;
-    read_stats<0, kTwoTiles ? kChunks : kChunks / 2>(lse, lse_of_rows);
-    if constexpr (kTwoTiles)
-      issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-    pin(s);
-    weigh<0, kBesideDk>(s, lse);
-    if constexpr (!kTwoTiles) mask<0, kBesideDk>(s, n, shared_.steps[q_stage]);
-    wgmma_wait<kTwoTiles ? 1 : 0>();
-    keep(ds);
-    if (step_ > 0) shared_.q_empty[(step_ - 1) % Traits::kQStages].arrive();
-    if constexpr (!kTwoTiles) {
-      issue_transposed(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]));
-      read_stats<kChunks / 2, kChunks>(lse, lse_of_rows);
+    issue_transposed<Traits>(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]),
+                             warpgroup_);
+    if constexpr (Traits::kAddsDq) {
+      if (!first) add_query_gradient(step_ - 1);
     }
-    weigh<kBesideDk, kScores>(s, lse);
-    mask<kTwoTiles ? 0 : kBesideDk, kScores>(s, n, shared_.steps[q_stage]);
+    wgmma_wait<1>();
+    if (step_ > 0) shared_.q_empty[(step_ - 1) % Traits::kQStages].arrive();
 #pragma unroll
     for (int i = 0; i < kScores / 2; ++i) p[i] = pack<T>(s[2 * i], s[2 * i + 1]);
+    if (more) wait_for_queries(item, step_ + 1);
+    float2 delta[kChunks];
+    if constexpr (kTwoTilesFit) read_stats(delta, shared_.delta[stage]);
 
-    // dV, and as soon as there is room for them the next scores. Delta is read before those: both
-    // their operands come from shared memory, where other reads then wait long. LSE likewise before
-    // dP.
-    issue_gradient(dv, p, shared_address(shared_.dout[stage]));
-    if constexpr (kTwoTiles) {
-      read_stats<0, kChunks>(delta, delta_of_rows);
-      issue_scores(s, item, step_ + 1, more);
-    }
-    wgmma_wait<kTwoTiles ? 2 : 1>();
+    // The next scores as soon as there is room for them, and dV behind them: its A operand is in
+    // registers, and shared memory has time for dS, the fence and LSE, which wait long otherwise.
+    if constexpr (kTwoTilesFit) issue_scores(s, step_ + 1);
+    issue_value_gradient<Traits>(dv, p, shared_address(shared_.dout[stage]));
+    wgmma_wait<kTwoTilesFit ? 2 : 1>();
     pin(dp);
-    if constexpr (!kTwoTiles) read_stats<0, kChunks>(delta, delta_of_rows);
+    if constexpr (!kTwoTilesFit) read_stats(delta, shared_.delta[stage]);
     score_gradients(ds, p, dp, delta);
     store_score_gradients(ds, ds_address + ds_offset_);
+    fence_async_proxy();
     if constexpr (Traits::kAddsDq) {
-      fence_async_proxy();
       __syncwarp();
       release(shared_.ds_full);
+    } else {
+      named_barrier_sync(kStoredBarrier + warpgroup_, 128);
     }
-    wgmma_wait<kTwoTiles ? 1 : 0>();
-    keep(p);
-    // Back from shared memory, into the registers that P had: there are none for both.
-    if constexpr (kTwoTiles) load_score_gradients(ds, ds_address + ds_offset_);
-    shared_.dout_empty[stage].arrive();  // every thread, as it read LSE and delta
-    if constexpr (!kTwoTiles) issue_scores(s, item, step_ + 1, more);
+    if constexpr (!kTwoTilesFit) issue_scores(s, step_ + 1);
+    const uint32_t next_stage = more ? (step_ + 1) % Traits::kQStages : q_stage;
+    float2 lse[kChunks];
+    read_stats(lse, shared_.lse[next_stage]);
+    masked = shared_.steps[next_stage].masked;
+    float dq[kDq];
     if constexpr (Traits::kAddsDq) {
       shared_.ds_full.wait(step_ & 1);
-      float dq[kDq];
-      issue_query_gradient<Traits::kBlockN>(dq, ds_address, 0);
-      issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
-      step_ = uniform(step_ + 1);
-      float* const sums = query_gradient_sums(shared_.steps[q_stage].q_tile);
+      issue_query_gradient<Traits, Traits::kBlockN>(dq, ds_address, shared_address(shared_.k), 0,
+                                                    warpgroup_);
+    }
+    issue_key_gradient<Traits>(dk, ds_address, shared_address(shared_.q[q_stage]), warpgroup_);
+    step_ = uniform(step_ + 1);
+    wgmma_wait<Traits::kAddsDq ? 2 : 1>();
+    keep(p);
+    shared_.dout_empty[stage].arrive();  // every thread, as it read delta
+    begin_weights(s, lse, n, next_stage, masked);
+    if constexpr (Traits::kAddsDq) {
       wgmma_wait<1>();
       pin(dq);
-      add_accumulators_to(sums, dq);
-    } else {
-      issue_gradient(dk, ds, shared_address(shared_.q[q_stage]));
-      step_ = uniform(step_ + 1);
-      wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
+      put_query_gradient(dq);
     }
   }
 
@@ -212,10 +209,13 @@ class BwdMathWarpgroup {
     if constexpr (Traits::kAddsDq) {
       shared_.ds_full.wait(step_ & 1);
       float dq[kDq];
-      issue_query_gradient<64>(dq, shared_address(shared_.ds[step_ % 2]), (1 - warpgroup_) * 64);
+      issue_query_gradient<Traits, 64>(dq, shared_address(shared_.ds[step_ % 2]),
+                                       shared_address(shared_.k), (1 - warpgroup_) * 64,
+                                       warpgroup_);
       wgmma_wait<0>();
       pin(dq);
-      add_accumulators_to(query_gradient_sums(shared_.steps[step_ % Traits::kQStages].q_tile), dq);
+      put_query_gradient(dq);
+      add_query_gradient(step_);
     }
     step_ = uniform(step_ + 1);
   }
@@ -231,105 +231,72 @@ class BwdMathWarpgroup {
     for (int i = 0; i < kScores / 2; ++i) asm volatile("" : "+r"(a[i])::"memory");
   }
 
-  // S^T = K Q^T of tile `step`, when its queries are there.
-  __device__ __forceinline__ void issue_scores(float (&s)[kScores], const Item& item, uint32_t step,
-                                               bool exists) {
+  __device__ __forceinline__ void wait_for_queries(const Item& item, uint32_t step) {
     const uint32_t stage = step % Traits::kQStages;
-    if (exists) {
-      shared_.q_full[stage].wait(step / Traits::kQStages & 1);
-      clear_neighbours(shared_.q[stage], item, shared_.steps[stage].p_tile);
-    }
-    issue_transposed(s, shared_address(shared_.k), shared_address(shared_.q[stage]));
+    shared_.q_full[stage].wait(step / Traits::kQStages & 1);
+    clear_neighbours(shared_.q[stage], item, shared_.steps[stage].p_tile);
   }
 
-  // D = A B^T: this warpgroup's keys by all queries, over head_dim.
-  __device__ __forceinline__ void issue_transposed(float (&d)[kScores], uint32_t keys,
-                                                   uint32_t queries) {
-    // Opaque, or the compiler would compute all descriptors ahead of the branches before this, and
-    // keep them in registers of its own.
-    asm volatile("" : "+r"(keys));
-    const uint64_t a = operand(keys + warpgroup_ * 64 * 128);
-    const uint64_t b = operand(queries);
-    wgmma_fence();
+  // S^T = K Q^T of tile `step`.
+  __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t step) {
+    issue_transposed<Traits>(s, shared_address(shared_.k),
+                             shared_address(shared_.q[step % Traits::kQStages]), warpgroup_);
+  }
+
+  // Puts a tile's dQ down in shared memory, a warp its own part, when the last one's was read.
+  __device__ __forceinline__ void put_query_gradient(const float (&dq)[kDq]) {
+    float* const part = shared_.dq[warp()];
+    wait_for_reads();
+    __syncwarp();
+    store_accumulators(part, dq);
+  }
+
+  // Adds what lies there to the sums of the query tile of step `step`.
+  __device__ __forceinline__ void add_query_gradient(uint32_t step) {
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_ == 0) {
+      float* const sums =
+          params_.dq_sum +
+          static_cast<int64_t>(shared_.steps[step % Traits::kQStages].q_tile) * Traits::kDqFloats;
+      add_floats(sums + warp() * Traits::kDqFloatsOfWarp, shared_.dq[warp()],
+                 Traits::kDqFloatsOfWarp * sizeof(float));
+    }
+    __syncwarp();
+  }
+
+  // Reads LSE or delta of this thread's queries.
+  __device__ __forceinline__ void read_stats(float2 (&stats)[kChunks],
+                                             const float* of_queries) const {
 #pragma unroll
-    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      const uint64_t a_k = advance(a, k / 4 * Traits::kKeyPanelBytes + k % 4 * 32);
-      const uint64_t b_k = advance(b, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
-      if (k == 0) {
-        Wgmma<Traits::kBlockM, T>::template ss_first<false>(d, a_k, b_k);
-      } else {
-        Wgmma<Traits::kBlockM, T>::template ss<false>(d, a_k, b_k, true);
-      }
+    for (int c = 0; c < kChunks; c += 2) {
+      const float4 x = *reinterpret_cast<const float4*>(
+          of_queries + statistics_slot<Traits::kBlockM>(lane_ % 4 * 2) + 2 * c);
+      stats[c] = {x.x, x.y};
+      stats[c + 1] = {x.z, x.w};
     }
-    wgmma_commit();
   }
 
-  // D += A B: over queries; B is N-major: 16 queries are two groups of 8 rows of 128 bytes.
-  __device__ __forceinline__ void issue_gradient(float (&d)[kGradients],
-                                                 const uint32_t (&a)[kScores / 2],
-                                                 uint32_t queries) {
-    const uint64_t b = operand(queries, Traits::kQueryPanelBytes);
-    wgmma_fence();
+  // From scores to S - LSE, and the first weights.
+  __device__ __forceinline__ void begin_weights(float (&s)[kScores], const float2 (&lse)[kChunks],
+                                                uint32_t n, uint32_t q_stage, bool masked) const {
+    pin(s);
 #pragma unroll
-    for (int k = 0; k < Traits::kBlockM / 16; ++k) {
-      const uint32_t fragment[4] = {a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]};
-      Wgmma<Traits::kHeadDim, T>::template rs<true>(d, fragment, advance(b, k * 2048), true);
-    }
-    wgmma_commit();
+    for (int i = 0; i < kScores; ++i)
+      s[i] = s[i] * params_.scale_log2 - (i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y);
+    weigh<0, kEarly>(s, n, q_stage, masked);
+    pin(s);
   }
 
-  // dQ = dS K: this warpgroup's part, over kKeys keys from `first` on; K is N-major.
-  template <int kKeys>
-  __device__ __forceinline__ void issue_query_gradient(float (&dq)[kDq], uint32_t ds_address,
-                                                       int first) {
-    const Part part(warpgroup_);
-    const uint64_t a = operand(ds_address + first / 64 * Traits::kQueryPanelBytes + part.row * 128);
-    const uint64_t b = operand(shared_address(shared_.k) +
-                               part.column / 64 * Traits::kKeyPanelBytes + first * 128);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k) {
-      const uint64_t a_k = advance(a, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
-      const uint64_t b_k = advance(b, k * 2048);
-      if (k == 0) {
-        Wgmma<64, T>::template ss_first<true>(dq, a_k, b_k);
-      } else {
-        Wgmma<64, T>::template ss<true>(dq, a_k, b_k, true);
-      }
-    }
-    wgmma_commit();
-  }
-
-  // The sums in memory of this warpgroup's part of a query tile's dQ. Known before the wait for dQ,
-  // behind which the address would be computed otherwise, with no product but dK in flight.
-  __device__ __forceinline__ float* query_gradient_sums(int64_t q_tile) const {
-    float* sums = params_.dq_sum + q_tile * Traits::kDqFloats + Part(warpgroup_).offset;
-    asm volatile("" : "+l"(sums));
-    return sums;
-  }
-
-  // Reads LSE or delta of this thread's queries in chunks kFirst to kEnd - 1.
+  // To weights exp2(S - LSE), accumulators kFirst to kEnd - 1; where a query does not see the key
+  // they become 0, whatever is there.
   template <int kFirst, int kEnd>
-  __device__ __forceinline__ void read_stats(float2 (&stats)[kChunks], const float* of_rows) const {
+  __device__ __forceinline__ void weigh(float (&weights)[kScores], uint32_t n, uint32_t q_stage,
+                                        bool masked) const {
 #pragma unroll
-    for (int c = kFirst; c < kEnd; ++c)
-      stats[c] = reinterpret_cast<const float2*>(of_rows)[4 * c + lane_ % 4];
-  }
-
-  // From scores to weights exp2(S - LSE), accumulators kFirst to kEnd - 1.
-  template <int kFirst, int kEnd>
-  __device__ __forceinline__ void weigh(float (&s)[kScores], const float2 (&lse)[kChunks]) const {
-#pragma unroll
-    for (int i = kFirst; i < kEnd; ++i)
-      s[i] = fast_exp2(s[i] * params_.scale_log2 - (i % 2 == 0 ? lse[i / 4].x : lse[i / 4].y));
-  }
-
-  // Weights become 0 where a query does not see the key, whatever is there.
-  template <int kFirst, int kEnd>
-  __device__ __forceinline__ void mask(float (&weights)[kScores], uint32_t n,
-                                       const Step& step) const {
-    if (!step.masked) return;
-    const int column0 = step.p_tile + lane_ % 4 * 2;
+    for (int i = kFirst; i < kEnd; ++i) weights[i] = fast_exp2(weights[i]);
+    if (!masked) return;
+    const int column0 = shared_.steps[q_stage].p_tile + lane_ % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Run seen = shared_.rows[n % 2][key_row() + 8 * half].seen;

@@ -4,6 +4,7 @@
 
 #include "sm90/bwd/gradients.cuh"
 #include "sm90/bwd/rows.cuh"
+#include "sm90/bwd/statistics.cuh"
 #include "sm90/bwd/traits.cuh"
 #include "vector.cuh"
 
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(256)
   const QueryTile<kRows> tile(params);
   const int head = blockIdx.y;
   const int chunk = threadIdx.x % kChunks;
-  float* const stats = params.stats + static_cast<int64_t>(tile.index) * 2 * kRows;
+  constexpr int kFloats = statistics_floats(kRows);
+  float* const stats = params.stats + static_cast<int64_t>(tile.index) * 2 * kFloats;
 #pragma unroll
   for (int first = 0; first < kRows; first += 256 / kChunks) {
     const int row = first + threadIdx.x / kChunks;
@@ -72,9 +74,13 @@ __global__ void __launch_bounds__(256)
                              head * params.dlse_strides.head + q_row * params.dlse_strides.seqlen];
     }
     const bool blind = lse == -INFINITY;  // the gradient of such an LSE is often NaN
-    stats[row] = blind ? INFINITY : lse * 1.4426950408889634f;
-    stats[kRows + row] = blind ? 0.f : delta;
+    const int slot = statistics_slot<kRows>(row);
+    stats[slot] = blind ? INFINITY : lse * 1.4426950408889634f;
+    stats[kFloats + slot] = blind ? 0.f : delta;
   }
+  // The copy engine reads the gaps, too.
+  if (threadIdx.x < 32)
+    stats[threadIdx.x / 16 * kFloats + statistics_gap<kRows>(threadIdx.x % 16)] = 0.f;
   if (threadIdx.x == 0 && tile.index == 0) *params.next_item = 0;
   if (params.dq_sum == nullptr) return;
   float4* const dq_sum = reinterpret_cast<float4*>(params.dq_sum) +
@@ -92,8 +98,10 @@ __global__ void __launch_bounds__(256)
   const QueryTile<kRows> tile(params);
   const DqPart<kHeadDim> part(threadIdx.x / 128);
   float dq[DqPart<kHeadDim>::kFloats / 128] = {};
+  constexpr int kFloats = kRows * kHeadDim;
   add_accumulators(
-      params.dq_sum + static_cast<int64_t>(tile.index) * kRows * kHeadDim + part.offset, dq);
+      params.dq_sum + static_cast<int64_t>(tile.index) * kFloats + threadIdx.x / 32 * (kFloats / 8),
+      dq);
   T* rows[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -128,7 +136,7 @@ __global__ void __launch_bounds__(256)
       add_accumulators(params.partials +
                            ((first + static_cast<int64_t>(chunk) * plan.global_slots) * 2 + which) *
                                kKeyTile * kHeadDim +
-                           warpgroup * 64 * kHeadDim,
+                           threadIdx.x / 32 * 16 * kHeadDim,
                        sum);
     T* rows[2];
 #pragma unroll

@@ -3,6 +3,7 @@
 
 #include "sm90/bwd/items.cuh"
 #include "sm90/bwd/plan.h"
+#include "sm90/bwd/statistics.cuh"
 
 namespace longgen::sm90 {
 namespace {
@@ -92,8 +93,10 @@ BwdPlan make_plan(const AttentionBwdParams& params) {
 
 BwdWorkspace workspace(const AttentionBwdParams& params, const BwdPlan& plan) {
   const int64_t batch = params.cu_seqlens_q != nullptr ? 1 : params.batch;
-  const int64_t rows = batch * params.q_heads * plan.q_tiles * query_rows(params.head_dim);
-  return {rows * 2, params.deterministic ? 0 : rows * params.head_dim,
+  const int rows = query_rows(params.head_dim);
+  const int64_t tiles = batch * params.q_heads * plan.q_tiles;
+  return {tiles * 2 * statistics_floats(rows),
+          params.deterministic ? 0 : tiles * rows * params.head_dim,
           plan.chunks == 1
               ? 0
               : static_cast<int64_t>(plan.global_items) * 2 * kKeyTile * params.head_dim};

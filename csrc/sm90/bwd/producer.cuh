@@ -38,9 +38,12 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
     const int p_tile = (item.sequence.q_start & -Traits::kBlockM) + tile * Traits::kBlockM;
     Step& info = shared.steps[q_stage];
     info = {p_tile, stream.q_tile0 + tile, item.masks(p_tile, Traits::kBlockM)};
-    q_full.arrive_and_expect(Traits::kQueryBytes);
+    q_full.arrive_and_expect(Traits::kQueryBytes + Traits::kStatsBytes);
     copy_queries<Traits>(q_map, q_full, shared.q[q_stage], item.q_row(p_tile), stream.head,
                          item.sequence.batch);
+    const float* const stats =
+        params.stats + static_cast<int64_t>(info.q_tile) * 2 * Traits::kStatsFloats;
+    copy_bytes(stats, q_full, shared.lse[q_stage], Traits::kStatsBytes);
 
     const uint32_t stage = step % Traits::kDoutStages;
     Mbarrier& dout_full = shared.dout_full[stage];
@@ -48,8 +51,7 @@ __device__ __forceinline__ void stream_queries(const AttentionBwdParams& params,
     dout_full.arrive_and_expect(Traits::kQueryBytes + Traits::kStatsBytes);
     copy_queries<Traits>(dout_map, dout_full, shared.dout[stage], item.q_row(info.p_tile),
                          stream.head, item.sequence.batch);
-    copy_bytes(params.stats + static_cast<int64_t>(info.q_tile) * 2 * Traits::kBlockM, dout_full,
-               shared.stats[stage], Traits::kStatsBytes);
+    copy_bytes(stats + Traits::kStatsFloats, dout_full, shared.delta[stage], Traits::kStatsBytes);
   }
   stream.step = step;
 }

@@ -45,12 +45,12 @@ __device__ __forceinline__ void store_rows(T* row, T* row_below, const float (&d
   }
 }
 
-// A warpgroup's accumulators as they lie: chunk after chunk of 8 columns, 16 bytes a thread.
+// A warp's accumulators as they lie: chunk after chunk of 8 columns, 16 bytes a thread.
 template <int kSize>
 __device__ __forceinline__ void store_accumulators(float* target, const float (&d)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; i += 4)
-    reinterpret_cast<float4*>(target)[i / 4 * 128 + threadIdx.x % 128] =
+    reinterpret_cast<float4*>(target)[i / 4 * 32 + threadIdx.x % 32] =
         float4{d[i], d[i + 1], d[i + 2], d[i + 3]};
 }
 
@@ -58,23 +58,12 @@ template <int kSize>
 __device__ __forceinline__ void add_accumulators(const float* source, float (&d)[kSize]) {
 #pragma unroll
   for (int i = 0; i < kSize; i += 4) {
-    const float4 x = reinterpret_cast<const float4*>(source)[i / 4 * 128 + threadIdx.x % 128];
+    const float4 x = reinterpret_cast<const float4*>(source)[i / 4 * 32 + threadIdx.x % 32];
     d[i] += x.x;
     d[i + 1] += x.y;
     d[i + 2] += x.z;
     d[i + 3] += x.w;
   }
-}
-
-// Adds a warpgroup's accumulators to sums that lie so, in no particular order.
-template <int kSize>
-__device__ __forceinline__ void add_accumulators_to(float* sums, const float (&d)[kSize]) {
-#pragma unroll
-  for (int i = 0; i < kSize; i += 4)
-    asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(
-                     reinterpret_cast<float4*>(sums) + i / 4 * 128 + threadIdx.x % 128),
-                 "f"(d[i]), "f"(d[i + 1]), "f"(d[i + 2]), "f"(d[i + 3])
-                 : "memory");
 }
 
 // The first of the two rows of 64, 8 apart, that a thread of a warpgroup holds.

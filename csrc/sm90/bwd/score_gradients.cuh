@@ -26,12 +26,4 @@ __device__ __forceinline__ void store_score_gradients(const uint32_t (&ds)[kSize
   __syncwarp();
 }
 
-// What the same warp has stored.
-template <int kSize>
-__device__ __forceinline__ void load_score_gradients(uint32_t (&ds)[kSize], uint32_t address) {
-#pragma unroll
-  for (int i = 0; i < kSize; i += 4)
-    load_transposed(address + i / 4 * 16 * 128, ds[i], ds[i + 1], ds[i + 2], ds[i + 3]);
-}
-
 }  // namespace longgen::sm90

@@ -5,6 +5,7 @@
 
 #include "arch/sm90/barrier.cuh"
 #include "sm90/bwd/items.cuh"
+#include "sm90/bwd/statistics.cuh"
 
 namespace longgen::sm90 {
 
@@ -40,10 +41,9 @@ struct DqPart {
   static constexpr int kFloats = 64 * 64;
   static constexpr int kAcross = kHeadDim / 64;  // parts side by side
   int row, column;                               // its first ones
-  int offset;                                    // in the tile's sums
 
   __device__ __forceinline__ explicit DqPart(int index)
-      : row(index / kAcross * 64), column(index % kAcross * 64), offset(index * kFloats) {}
+      : row(index / kAcross * 64), column(index % kAcross * 64) {}
 };
 
 // With kAddsDq each block adds its part of dQ to the sums in memory.
@@ -63,12 +63,11 @@ struct BwdTraits {
   static constexpr int kLoaderThreads = 96;  // of the producer warpgroup: they fetch keys
   // Budget: a block gets 168 registers a thread (65536 / 384, in steps of 8), 504 for one thread of
   // each warpgroup, and no more when they move. A math thread holds kHeadDim of dK and dV,
-  // kBlockM / 2 of scores and P, as many of dP or 32 of dQ, kBlockM / 4 of dS.
+  // kBlockM / 2 of scores, as many of dP or 32 of dQ, kBlockM / 4 of P, and of LSE, delta or dS.
   static constexpr int kProducerRegisters = 24;
   static constexpr int kMathRegisters = 240;
   static_assert(kProducerRegisters + kMathWarpgroups * kMathRegisters <= 504);
-  // Whether the scores of a tile fit beside dP of the tile before or after, its P or dS, and all
-  // else.
+  // Whether the scores of a tile fit beside dP of the tile before, its P, and all else.
   static constexpr bool kTwoTilesFit = kHeadDim + kBlockM + kBlockM / 4 + 24 <= kMathRegisters;
   // Rows are split in panels of 64 elements (128 bytes), the span of the swizzle.
   static constexpr int kPanels = kHeadDim / 64;
@@ -76,8 +75,10 @@ struct BwdTraits {
   static constexpr uint32_t kQueryBytes = kPanels * kQueryPanelBytes;
   static constexpr uint32_t kKeyPanelBytes = kBlockN * 128;
   static constexpr uint32_t kKeyBytes = kPanels * kKeyPanelBytes;
-  static constexpr uint32_t kStatsBytes = 2 * kBlockM * sizeof(float);
+  static constexpr int kStatsFloats = statistics_floats(kBlockM);  // LSE or delta
+  static constexpr uint32_t kStatsBytes = kStatsFloats * sizeof(float);
   static constexpr int kDqFloats = kBlockM * kHeadDim;  // dQ of a tile
+  static constexpr int kDqFloatsOfWarp = kDqFloats / kMathWarps;
   static_assert(kDqFloats == kMathWarpgroups * DqPart<kHeadDim>::kFloats, "a part for each");
   static_assert(sizeof(T) == 2, "wgmma takes transposed operands in 16-bit types only");
 
@@ -88,8 +89,10 @@ struct BwdTraits {
     alignas(1024) uint8_t q[kQStages][kQueryBytes];
     alignas(1024) uint8_t dout[kDoutStages][kQueryBytes];
     alignas(1024) uint8_t ds[2][kBlockM * kBlockN * sizeof(T)];
-    alignas(16) float stats[kDoutStages][2][kBlockM];  // LSE in base 2, delta
-    KeyRow rows[2][kBlockN];                           // for two items
+    alignas(128) float dq[kMathWarps][kDqFloatsOfWarp];
+    alignas(16) float lse[kQStages][kStatsFloats];
+    alignas(16) float delta[kDoutStages][kStatsFloats];
+    KeyRow rows[2][kBlockN];  // for two items
     Item items[2];
     Step steps[kQStages];
     Stream<kBlockM> stream;

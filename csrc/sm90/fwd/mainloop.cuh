@@ -189,8 +189,8 @@ class MathWarpgroup {
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
       const uint32_t offset = k / 4 * Traits::kPanelBytes + k % 4 * 32;
-      Wgmma<Traits::kBlockN, T>::template ss<false>(s, advance(q, offset), advance(keys, offset),
-                                                    k > 0);
+      Wgmma<Traits::kBlockN, T>::template ss<false, false>(s, advance(q, offset),
+                                                           advance(keys, offset), k > 0);
     }
     wgmma_commit();
   }

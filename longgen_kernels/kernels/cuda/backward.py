@@ -41,8 +41,8 @@ def attn_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous.
 
-    Workspace: two fp32 numbers per query row and head; unless deterministic an fp32 copy of dQ, which is added up in
-    no fixed order; for few heads the partial sums of global keys' chunks, at most some 70 MB.
+    Workspace: two and a half fp32 numbers per query row and head; unless deterministic an fp32 copy of dQ, which is
+    added up in no fixed order; for few heads the partial sums of global keys' chunks, at most some 70 MB.
     """
     from longgen_kernels import _C
 
