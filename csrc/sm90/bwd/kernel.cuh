@@ -28,21 +28,20 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_descriptor(v_map);
     constexpr int kLoaderWarps = Traits::kLoaderThreads / 32;
     for (int warp = 0; warp < kLoaderWarps; ++warp) shared.loads[warp] = 0;
+    // At the barriers that say "empty" every thread arrives that has read what is there.
     for (int slot = 0; slot < 2; ++slot) {
       shared.item_full[slot].init(1);
-      shared.item_empty[slot].init(Traits::kMathWarps + kLoaderWarps);
+      shared.item_empty[slot].init(Traits::kMathWarps * 32 + Traits::kLoaderThreads);
     }
     shared.k_full.init(Traits::kLoaderThreads);
     shared.v_full.init(Traits::kLoaderThreads);
     shared.keys_empty.init(Traits::kMathWarps);
     for (int stage = 0; stage < Traits::kQStages; ++stage) {
       shared.q_full[stage].init(1);
-      // Every thread arrives: each has read the step.
       shared.q_empty[stage].init(Traits::kMathWarps * 32);
     }
     for (int stage = 0; stage < Traits::kDoutStages; ++stage) {
       shared.dout_full[stage].init(1);
-      // Each has read LSE and delta.
       shared.dout_empty[stage].init(Traits::kMathWarps * 32);
     }
     shared.ds_full.init(Traits::kMathWarps);

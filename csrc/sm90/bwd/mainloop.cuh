@@ -45,8 +45,7 @@ class BwdMathWarpgroup {
       shared_.item_full[n % 2].wait(n / 2 & 1);
       if (shared_.items[n % 2].stop) break;
       work(n);
-      __syncwarp();
-      release(shared_.item_empty[n % 2]);
+      shared_.item_empty[n % 2].arrive();
     }
     wait_for_additions();
   }

@@ -185,10 +185,8 @@ __device__ void load_keys(const CUtensorMap& k_map, const CUtensorMap& v_map,
     shared.k_full.arrive();
     shared.v_full.arrive();
     __syncwarp();
-    if (loader_thread() % 32 == 0) {
-      shared.loads[loader_thread() / 32] = n + 1;
-      shared.item_empty[n % 2].arrive();
-    }
+    if (loader_thread() % 32 == 0) shared.loads[loader_thread() / 32] = n + 1;
+    shared.item_empty[n % 2].arrive();
     __syncwarp();
   }
 }

@@ -89,7 +89,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     row_tiles = -(-n * problem.group // rows)
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
-    bulk = hopper and cache.k.numel() > 0 and not _is_scattered(cache)
+    bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
     splits, clustered = _splits(cache, blocks, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     if splits > 1 and not clustered:
@@ -135,6 +135,11 @@ def _splits(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) 
         if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
             return cluster, True
     return num_splits(blocks, most, multiprocessors), False
+
+
+def _has_slots(cache: CacheTensors) -> bool:
+    """Whether a sequence has room for tokens: with a pattern that shows none it has not, though the pool has pages."""
+    return cache.k.numel() > 0 and (cache.block_table is None or cache.block_table.numel() > 0)
 
 
 def _is_scattered(cache: CacheTensors) -> bool:
