@@ -126,7 +126,13 @@ TABLES = (
         file="h200-decode.json",
         corner="keys kept, KV heads",
         quantity="microseconds a layer",
-        columns={"CUDA": "cuda", "with append": "cuda_append", "cuDNN": "cudnn", "FlashAttention-2": "fa2_sdpa"},
+        columns={
+            "CUDA": "cuda",
+            "with append": "cuda_append",
+            "e4m3 cache": "cuda_fp8",
+            "cuDNN": "cudnn",
+            "FlashAttention-2": "fa2_sdpa",
+        },
         rows={
             "2048, 32": "mha_2048",
             "2048, 8": "gqa_2048",
