@@ -231,7 +231,7 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> dict
     check_qkv(q, k, v, varlen=False)
     check_pattern(pattern, q, max(q.shape[1], k.shape[1]), k.shape[1])
     problem = AttentionProblem(q, k, v, pattern, checked_scale(None, q.shape[-1]))
-    return dispatch.explain(attention_ops.support(problem), "attention", q.device.type)
+    return dispatch.explain(attention_ops.SUPPORT, problem, "attention", q.device.type)
 
 
 def _checked_start(name: str, value: int, *, low: int) -> int:

@@ -168,7 +168,7 @@ def explain_kvcache_attention(
     tensors = _tensors(cache, cache_seqlens, block_table, pattern)
     check_queries(tensors, q)
     problem = CacheProblem(q, tensors, checked_scale(None, q.shape[-1]), -q.shape[1])
-    return dispatch.explain(kvcache_ops.support(problem), "attention to a KV cache", q.device.type)
+    return dispatch.explain(kvcache_ops.SUPPORT, problem, "attention to a KV cache", q.device.type)
 
 
 def _tensors(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from longgen_kernels.patterns import MAX_POSITION, AttentionPattern, BlockMask
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class AttentionProblem:
+class AttentionProblem(NamedTuple):
     """One attention call.
 
     q (batch, seqlen_q, q_heads, head_dim), k and v (batch, seqlen_k, kv_heads, head_dim); with `cu_seqlens_q` and
@@ -62,7 +61,8 @@ class AttentionProblem:
     @property
     def lse_shape(self) -> tuple[int, ...]:
         """(batch, q_heads, seqlen_q), or (q_heads, total_q) when packed."""
-        return (*self.q.shape[:-3], self.q_heads, self.q.shape[-3])
+        *batch, seqlen_q, q_heads, _ = self.q.shape
+        return (*batch, q_heads, seqlen_q)
 
     def gathered(self) -> AttentionProblem:
         """The same problem with the pages copied to where a packed batch has its keys; lengths stay on the device.
@@ -80,8 +80,8 @@ class AttentionProblem:
         cu_seqlens_k = torch.cat([torch.stack([begins, ends], 1).flatten(), begins[-1:] + rows])
         cu_seqlens_q = self.cu_seqlens_q.repeat_interleave(2, output_size=2 * self.batch + 2)[1:]
         q_starts = None if self.q_starts is None else self.q_starts.repeat_interleave(2)
-        return replace(
-            self, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_starts=q_starts, block_table=None
+        return self._replace(
+            k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_starts=q_starts, block_table=None
         )
 
 

@@ -7,7 +7,6 @@ is chosen inside the operator, when it runs.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +19,9 @@ from longgen_kernels.ops.eager import is_plain_eager
 from longgen_kernels.patterns import BlockMask, decode_pattern
 
 BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
+SUPPORT = {name: backend.attention_unsupported for name, backend in BACKENDS.items()}
+# The gradient need not run where forward ran: backends agree on what out and LSE mean.
+BACKWARD_SUPPORT = {name: backend.backward_unsupported for name, backend in BACKENDS.items()}
 
 lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 
@@ -33,11 +35,6 @@ lib.define(
     "attn_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
     f"Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor, Tensor, Tensor)"
 )
-
-
-def support(problem: AttentionProblem) -> dict[str, dispatch.Support]:
-    """For each backend that implements attention, the question whether it can run this problem."""
-    return {name: lambda b=backend: b.attention_unsupported(problem) for name, backend in BACKENDS.items()}  # type: ignore[misc]
 
 
 def _problem(
@@ -62,17 +59,12 @@ def _problem(
     )
 
 
-def backward_support(problem: AttentionProblem) -> dict[str, dispatch.Support]:
-    """The same for the gradient. It need not run where forward ran: backends agree on what out and LSE mean."""
-    return {name: lambda b=backend: b.backward_unsupported(problem) for name, backend in BACKENDS.items()}  # type: ignore[misc]
-
-
 def _attn_fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _run_fwd(_problem(q, k, v, *rest[:-1]), rest[-1])
 
 
 def _attn_paged_fwd(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    problem = replace(_problem(q, k, v, *rest[:-1]), block_table=block_table)
+    problem = _problem(q, k, v, *rest[:-1])._replace(block_table=block_table)
     if q.device.type != "cuda" or cuda.attention_unsupported(problem) is not None:
         problem = problem.gathered()  # the other backends read packed keys
     return _run_fwd(problem, rest[-1])
@@ -80,7 +72,7 @@ def _attn_paged_fwd(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest:
 
 def _run_fwd(problem: AttentionProblem, requested: str) -> tuple[Tensor, Tensor]:
     q = problem.q
-    backend = BACKENDS[dispatch.choose(requested, support(problem), "attention", q.device.type)]
+    backend = BACKENDS[dispatch.choose(requested, SUPPORT, problem, "attention", q.device.type)]
     if q.numel() == 0 or problem.k.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _empty_lse(problem).fill_(-torch.inf)
     out, lse = backend.attn_fwd(problem)
@@ -91,7 +83,7 @@ def _attn_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(q, k, v, *rest[:-1])
-    backend = BACKENDS[dispatch.choose(rest[-1], backward_support(problem), "attention's gradient", q.device.type)]
+    backend = BACKENDS[dispatch.choose(rest[-1], BACKWARD_SUPPORT, problem, "attention's gradient", q.device.type)]
     if q.numel() == 0 or k.numel() == 0:
         return _zeros(q), _zeros(k), _zeros(v)
     dq, dk, dv = backend.attn_bwd(problem, dout, out, lse, dlse)
