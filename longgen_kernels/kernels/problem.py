@@ -92,25 +92,27 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, varlen: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        shape, dtype = x.shape, x.dtype
+        shape, dtype, device = x.shape, x.dtype, x.device
         if len(shape) != ndim:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
         if shape[-1] < 1 or shape[-2] < 1:
             raise ValueError(f"{name} needs at least one head and head_dim >= 1, got shape {tuple(shape)}")
-        if x.stride(-1) != 1 and shape[-1] > 1:
-            raise ValueError(f"{name} must have stride 1 in head_dim, got strides {x.stride()}; call .contiguous()")
-        if x is q:
-            q_shape, q_dtype, q_device = shape, dtype, x.device
+        strides = x.stride()
+        if strides[-1] != 1 and shape[-1] > 1:
+            raise ValueError(f"{name} must have stride 1 in head_dim, got strides {strides}; call .contiguous()")
+        if name == "q":
+            q_shape, q_dtype, q_device = shape, dtype, device
             continue
         if dtype != q_dtype:
             raise TypeError(f"{name} must have q's dtype {q_dtype}, got {dtype}")
-        if x.device != q_device:
-            raise ValueError(f"{name} must be on q's device {q_device}, got {x.device}")
-    k_shape = k.shape
-    if k_shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(v.shape)}")
+        if device != q_device:
+            raise ValueError(f"{name} must be on q's device {q_device}, got {device}")
+        if name == "k":
+            k_shape = shape
+        elif shape != k_shape:
+            raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(shape)}")
     if q_shape[-1] != k_shape[-1]:
         raise ValueError(f"q and k must have one head_dim, got {q_shape[-1]} and {k_shape[-1]}")
     if not varlen and q_shape[0] != k_shape[0]:
