@@ -34,6 +34,20 @@ DType parse_dtype(const std::string& name) {
 OutStrides out_strides(const Strides& s) { return {s[0], s[1], s[2]}; }
 LseStrides lse_strides(const Strides& s) { return {s[0], s[1], s[2]}; }
 
+// `tensor.stride()` of (batch, seqlen, heads, head_dim), or packed, of (total, heads, head_dim): a
+// batch of one. Read by Python's own functions, as pybind's conversion to an array takes several
+// times as long.
+OutStrides tensor_strides(const py::tuple& strides) {
+  const Py_ssize_t ndim = PyTuple_GET_SIZE(strides.ptr());
+  if (ndim != 3 && ndim != 4) throw std::invalid_argument("strides must be of 3 or 4 dimensions");
+  const auto from_end = [&](Py_ssize_t i) -> int64_t {
+    return i > ndim ? 0 : PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), ndim - i));
+  };
+  const OutStrides result{from_end(4), from_end(3), from_end(2)};
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return result;
+}
+
 AttnState attn_state(Address out, const Strides& out_stride, Address lse,
                      const Strides& lse_stride) {
   return {reinterpret_cast<const void*>(out), reinterpret_cast<const float*>(lse),
@@ -143,11 +157,11 @@ PYBIND11_MODULE(_C, m) {
       "attn_fwd_sm90",
       [](const std::array<int32_t, 9>& pattern, Address mask_rows, int batch, int seqlen_q,
          int seqlen_k, int q_heads, int kv_heads, int head_dim, const std::string& dtype,
-         float softmax_scale, Address q, const Strides& q_strides, Address k,
-         const Strides& k_strides, Address v, const Strides& v_strides, Address out, Address lse,
-         int q_start, int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
-         Address k_starts, Address block_table, int pages, int page_size, int table_pages,
-         Address stream) {
+         float softmax_scale, Address q, const py::tuple& q_strides, Address k,
+         const py::tuple& k_strides, Address v, const py::tuple& v_strides, Address out,
+         Address lse, int q_start, int k_start, Address cu_seqlens_q, Address cu_seqlens_k,
+         Address q_starts, Address k_starts, Address block_table, int pages, int page_size,
+         int table_pages, Address stream) {
         AttentionFwdParams params{};
         params.pattern = parse_pattern(pattern, mask_rows);
         params.batch = batch;
@@ -161,9 +175,9 @@ PYBIND11_MODULE(_C, m) {
         params.q = reinterpret_cast<const void*>(q);
         params.k = reinterpret_cast<const void*>(k);
         params.v = reinterpret_cast<const void*>(v);
-        params.q_strides = out_strides(q_strides);
-        params.k_strides = out_strides(k_strides);
-        params.v_strides = out_strides(v_strides);
+        params.q_strides = tensor_strides(q_strides);
+        params.k_strides = tensor_strides(k_strides);
+        params.v_strides = tensor_strides(v_strides);
         params.out = reinterpret_cast<void*>(out);
         params.lse = reinterpret_cast<float*>(lse);
         params.q_start = q_start;
@@ -217,9 +231,9 @@ PYBIND11_MODULE(_C, m) {
       "attn_bwd_sm90",
       [](const std::array<int32_t, 9>& pattern, Address mask_rows, Address mask_cols, int batch,
          int seqlen_q, int seqlen_k, int q_heads, int kv_heads, int head_dim,
-         const std::string& dtype, float softmax_scale, Address q, const Strides& q_strides,
-         Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address out_,
-         const Strides& out_stride, Address dout, const Strides& dout_strides, Address lse,
+         const std::string& dtype, float softmax_scale, Address q, const py::tuple& q_strides,
+         Address k, const py::tuple& k_strides, Address v, const py::tuple& v_strides, Address out_,
+         const py::tuple& out_strides, Address dout, const py::tuple& dout_strides, Address lse,
          Address dlse, const Strides& dlse_strides, Address dq, Address dk, Address dv, int q_start,
          int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
          Address k_starts, bool deterministic, int multiprocessors, Address stats, Address dq_sum,
@@ -239,11 +253,11 @@ PYBIND11_MODULE(_C, m) {
         params.v = reinterpret_cast<const void*>(v);
         params.out = reinterpret_cast<const void*>(out_);
         params.dout = reinterpret_cast<const void*>(dout);
-        params.q_strides = out_strides(q_strides);
-        params.k_strides = out_strides(k_strides);
-        params.v_strides = out_strides(v_strides);
-        params.out_strides = out_strides(out_stride);
-        params.dout_strides = out_strides(dout_strides);
+        params.q_strides = tensor_strides(q_strides);
+        params.k_strides = tensor_strides(k_strides);
+        params.v_strides = tensor_strides(v_strides);
+        params.out_strides = tensor_strides(out_strides);
+        params.dout_strides = tensor_strides(dout_strides);
         params.lse = as_floats(lse);
         params.dlse = as_floats(dlse);
         params.dlse_strides = lse_strides(dlse_strides);

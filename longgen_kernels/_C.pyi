@@ -8,6 +8,7 @@ class BuildInfo(TypedDict):
     cuda_driver: int
 
 Strides = tuple[int, int, int]
+TensorStrides = tuple[int, ...]  # `tensor.stride()`, of 3 or 4 dimensions
 
 def build_info() -> BuildInfo: ...
 def decode_rows_per_tile(*, rows: int, head_dim: int) -> int: ...
@@ -139,11 +140,11 @@ def attn_fwd_sm90(
     dtype: str,
     softmax_scale: float,
     q: int,
-    q_strides: Strides,
+    q_strides: TensorStrides,
     k: int,
-    k_strides: Strides,
+    k_strides: TensorStrides,
     v: int,
-    v_strides: Strides,
+    v_strides: TensorStrides,
     out: int,
     lse: int,
     q_start: int,
@@ -187,15 +188,15 @@ def attn_bwd_sm90(
     dtype: str,
     softmax_scale: float,
     q: int,
-    q_strides: Strides,
+    q_strides: TensorStrides,
     k: int,
-    k_strides: Strides,
+    k_strides: TensorStrides,
     v: int,
-    v_strides: Strides,
+    v_strides: TensorStrides,
     out: int,
-    out_strides: Strides,
+    out_strides: TensorStrides,
     dout: int,
-    dout_strides: Strides,
+    dout_strides: TensorStrides,
     lse: int,
     dlse: int,
     dlse_strides: Strides,

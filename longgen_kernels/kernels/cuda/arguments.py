@@ -75,15 +75,9 @@ def current_stream(x: Tensor) -> int:
     return int(torch._C._cuda_getCurrentRawStream(x.get_device()))
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of (batch, seqlen, heads); a packed tensor is a batch of one."""
-    all_of_them = x.stride()
-    return all_of_them[:3] if len(all_of_them) == 4 else (0, *all_of_them[:2])  # type: ignore[return-value]
-
-
 def argument(name: str, x: Tensor) -> dict[str, Any]:
     """A tensor as address and strides, for keywords."""
-    return {name: x.data_ptr(), f"{name}_strides": strides(x)}
+    return {name: x.data_ptr(), f"{name}_strides": x.stride()}
 
 
 def address(x: Tensor | None) -> int:

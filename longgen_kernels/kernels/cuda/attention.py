@@ -11,7 +11,6 @@ from longgen_kernels.kernels.cuda.arguments import (
     current_stream,
     hopper_unsupported,
     on_device,
-    strides,
 )
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import AttentionPattern, BlockMask
@@ -54,7 +53,7 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
             pattern.encode(), address(pattern.rows if isinstance(pattern, BlockMask) else None),
             problem.batch, seqlen_q, seqlen_k, q_heads, kv_heads, head_dim,
             DTYPE_NAMES[q.dtype], problem.softmax_scale,
-            q.data_ptr(), strides(q), k.data_ptr(), strides(k), v.data_ptr(), strides(v),
+            q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
             out.data_ptr(), lse.data_ptr(),
             problem.q_start, problem.k_start, address(problem.cu_seqlens_q), address(problem.cu_seqlens_k),
             address(problem.q_starts), address(problem.k_starts),
