@@ -13,7 +13,6 @@ TensorStrides = tuple[int, ...]  # `tensor.stride()`, of 3 or 4 dimensions
 def build_info() -> BuildInfo: ...
 def decode_rows_per_tile(*, rows: int, head_dim: int) -> int: ...
 def cache_append(
-    *,
     pattern: list[int],
     ring: int,
     sink_slots: int,
@@ -40,9 +39,9 @@ def cache_append(
     advance: bool,
     tickets: int,
     stream: int,
+    /,
 ) -> None: ...
 def attn_decode(
-    *,
     pattern: list[int],
     ring: int,
     sink_slots: int,
@@ -83,6 +82,7 @@ def attn_decode(
     part_out: int,
     part_weights: int,
     stream: int,
+    /,
 ) -> None: ...
 def merge_attn_states(
     *,
@@ -158,6 +158,7 @@ def attn_fwd_sm90(
     page_size: int,
     table_pages: int,
     stream: int,
+    /,
 ) -> None: ...
 def attn_bwd_sm90_workspace(
     *,
