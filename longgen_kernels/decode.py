@@ -178,7 +178,7 @@ def _tensors(
     pattern: AttentionPattern | None,
 ) -> CacheTensors:
     if isinstance(cache, KVCache):
-        if any(x is not None for x in (cache_seqlens, block_table, pattern)):
+        if cache_seqlens is not None or block_table is not None or pattern is not None:
             raise ValueError(f"cache_seqlens, block_table and pattern are the {type(cache).__name__}'s own: leave out")
         return cache.tensors
     if not isinstance(cache, tuple) or len(cache) != 2:

@@ -207,14 +207,15 @@ def check_queries(cache: CacheTensors, q: Tensor) -> None:
     _check_tensor("q", q, cache.k.device, 4, "(batch, n, q_heads, head_dim)")
     if q.dtype != cache.dtype:
         raise TypeError(f"q must have the cache's dtype {cache.dtype}, got {q.dtype}")
-    if q.shape[0] != cache.batch or q.shape[3] != cache.head_dim:
+    batch, _, q_heads, head_dim = q.shape
+    if batch != cache.batch or head_dim != cache.head_dim:
         raise ValueError(
             f"q must be (batch, n, q_heads, head_dim) with batch {cache.batch} and head_dim {cache.head_dim}, "
             f"got shape {tuple(q.shape)}"
         )
-    if q.shape[2] < 1 or q.shape[2] % cache.kv_heads != 0:
-        raise ValueError(f"q heads ({q.shape[2]}) must be a multiple of the cache's kv heads ({cache.kv_heads})")
-    if q.shape[-1] > 1 and q.stride(-1) != 1:
+    if q_heads < 1 or q_heads % cache.kv_heads != 0:
+        raise ValueError(f"q heads ({q_heads}) must be a multiple of the cache's kv heads ({cache.kv_heads})")
+    if head_dim > 1 and q.stride(-1) != 1:
         raise ValueError(f"q must have stride 1 in head_dim, got strides {q.stride()}; call .contiguous()")
 
 
