@@ -1,5 +1,6 @@
-// The only file that knows Python: keyword arguments become params structs, a CUDA error becomes an
-// exception.
+// The only file that knows Python: arguments become params structs, a CUDA error becomes an
+// exception. Those of short calls come by position: 40 keywords would take longer than an
+// allocation.
 //
 // Tensors come as addresses (int), strides in elements and sizes, the stream as its handle (int).
 // What the addresses point to is the caller's promise; longgen_kernels/kernels/cuda keeps it.
@@ -33,6 +34,20 @@ DType parse_dtype(const std::string& name) {
 
 OutStrides out_strides(const Strides& s) { return {s[0], s[1], s[2]}; }
 LseStrides lse_strides(const Strides& s) { return {s[0], s[1], s[2]}; }
+
+// `tensor.stride()` of (batch, seqlen, heads, head_dim), or packed, of (total, heads, head_dim): a
+// batch of one. Read by Python's own functions, as pybind's conversion to an array takes several
+// times as long.
+OutStrides tensor_strides(const py::tuple& strides) {
+  const Py_ssize_t ndim = PyTuple_GET_SIZE(strides.ptr());
+  if (ndim != 3 && ndim != 4) throw std::invalid_argument("strides must be of 3 or 4 dimensions");
+  const auto from_end = [&](Py_ssize_t i) -> int64_t {
+    return i > ndim ? 0 : PyLong_AsLongLong(PyTuple_GET_ITEM(strides.ptr(), ndim - i));
+  };
+  const OutStrides result{from_end(4), from_end(3), from_end(2)};
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return result;
+}
 
 AttnState attn_state(Address out, const Strides& out_stride, Address lse,
                      const Strides& lse_stride) {
@@ -139,52 +154,46 @@ PYBIND11_MODULE(_C, m) {
         "driver runs (0: no driver).");
 
 #ifdef LONGGEN_SM90
-  m.def(
-      "attn_fwd_sm90",
-      [](const std::array<int32_t, 9>& pattern, Address mask_rows, int batch, int seqlen_q,
-         int seqlen_k, int q_heads, int kv_heads, int head_dim, const std::string& dtype,
-         float softmax_scale, Address q, const Strides& q_strides, Address k,
-         const Strides& k_strides, Address v, const Strides& v_strides, Address out, Address lse,
-         int q_start, int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
-         Address k_starts, Address block_table, int pages, int page_size, int table_pages,
-         Address stream) {
-        AttentionFwdParams params{};
-        params.pattern = parse_pattern(pattern, mask_rows);
-        params.batch = batch;
-        params.seqlen_q = seqlen_q;
-        params.seqlen_k = seqlen_k;
-        params.q_heads = q_heads;
-        params.kv_heads = kv_heads;
-        params.head_dim = head_dim;
-        params.dtype = parse_dtype(dtype);
-        params.softmax_scale = softmax_scale;
-        params.q = reinterpret_cast<const void*>(q);
-        params.k = reinterpret_cast<const void*>(k);
-        params.v = reinterpret_cast<const void*>(v);
-        params.q_strides = out_strides(q_strides);
-        params.k_strides = out_strides(k_strides);
-        params.v_strides = out_strides(v_strides);
-        params.out = reinterpret_cast<void*>(out);
-        params.lse = reinterpret_cast<float*>(lse);
-        params.q_start = q_start;
-        params.k_start = k_start;
-        params.cu_seqlens_q = as_ints(cu_seqlens_q);
-        params.cu_seqlens_k = as_ints(cu_seqlens_k);
-        params.q_starts = as_ints(q_starts);
-        params.k_starts = as_ints(k_starts);
-        params.block_table = as_ints(block_table);
-        params.pages = pages;
-        params.page_size = page_size;
-        params.table_pages = table_pages;
-        params.stream = as_stream(stream);
-        py::gil_scoped_release release;
-        attn_fwd_sm90(params);
-      },
-      "pattern"_a, "mask_rows"_a, "batch"_a, "seqlen_q"_a, "seqlen_k"_a, "q_heads"_a, "kv_heads"_a,
-      "head_dim"_a, "dtype"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "k"_a, "k_strides"_a, "v"_a,
-      "v_strides"_a, "out"_a, "lse"_a, "q_start"_a, "k_start"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a,
-      "q_starts"_a, "k_starts"_a, "block_table"_a, "pages"_a, "page_size"_a, "table_pages"_a,
-      "stream"_a);
+  m.def("attn_fwd_sm90",
+        [](const std::array<int32_t, 9>& pattern, Address mask_rows, int batch, int seqlen_q,
+           int seqlen_k, int q_heads, int kv_heads, int head_dim, const std::string& dtype,
+           float softmax_scale, Address q, const py::tuple& q_strides, Address k,
+           const py::tuple& k_strides, Address v, const py::tuple& v_strides, Address out,
+           Address lse, int q_start, int k_start, Address cu_seqlens_q, Address cu_seqlens_k,
+           Address q_starts, Address k_starts, Address block_table, int pages, int page_size,
+           int table_pages, Address stream) {
+          AttentionFwdParams params{};
+          params.pattern = parse_pattern(pattern, mask_rows);
+          params.batch = batch;
+          params.seqlen_q = seqlen_q;
+          params.seqlen_k = seqlen_k;
+          params.q_heads = q_heads;
+          params.kv_heads = kv_heads;
+          params.head_dim = head_dim;
+          params.dtype = parse_dtype(dtype);
+          params.softmax_scale = softmax_scale;
+          params.q = reinterpret_cast<const void*>(q);
+          params.k = reinterpret_cast<const void*>(k);
+          params.v = reinterpret_cast<const void*>(v);
+          params.q_strides = tensor_strides(q_strides);
+          params.k_strides = tensor_strides(k_strides);
+          params.v_strides = tensor_strides(v_strides);
+          params.out = reinterpret_cast<void*>(out);
+          params.lse = reinterpret_cast<float*>(lse);
+          params.q_start = q_start;
+          params.k_start = k_start;
+          params.cu_seqlens_q = as_ints(cu_seqlens_q);
+          params.cu_seqlens_k = as_ints(cu_seqlens_k);
+          params.q_starts = as_ints(q_starts);
+          params.k_starts = as_ints(k_starts);
+          params.block_table = as_ints(block_table);
+          params.pages = pages;
+          params.page_size = page_size;
+          params.table_pages = table_pages;
+          params.stream = as_stream(stream);
+          py::gil_scoped_release release;
+          attn_fwd_sm90(params);
+        });
 
   m.def(
       "attn_bwd_sm90_workspace",
@@ -217,9 +226,9 @@ PYBIND11_MODULE(_C, m) {
       "attn_bwd_sm90",
       [](const std::array<int32_t, 9>& pattern, Address mask_rows, Address mask_cols, int batch,
          int seqlen_q, int seqlen_k, int q_heads, int kv_heads, int head_dim,
-         const std::string& dtype, float softmax_scale, Address q, const Strides& q_strides,
-         Address k, const Strides& k_strides, Address v, const Strides& v_strides, Address out_,
-         const Strides& out_stride, Address dout, const Strides& dout_strides, Address lse,
+         const std::string& dtype, float softmax_scale, Address q, const py::tuple& q_strides,
+         Address k, const py::tuple& k_strides, Address v, const py::tuple& v_strides, Address out_,
+         const py::tuple& out_strides, Address dout, const py::tuple& dout_strides, Address lse,
          Address dlse, const Strides& dlse_strides, Address dq, Address dk, Address dv, int q_start,
          int k_start, Address cu_seqlens_q, Address cu_seqlens_k, Address q_starts,
          Address k_starts, bool deterministic, int multiprocessors, Address stats, Address dq_sum,
@@ -239,11 +248,11 @@ PYBIND11_MODULE(_C, m) {
         params.v = reinterpret_cast<const void*>(v);
         params.out = reinterpret_cast<const void*>(out_);
         params.dout = reinterpret_cast<const void*>(dout);
-        params.q_strides = out_strides(q_strides);
-        params.k_strides = out_strides(k_strides);
-        params.v_strides = out_strides(v_strides);
-        params.out_strides = out_strides(out_stride);
-        params.dout_strides = out_strides(dout_strides);
+        params.q_strides = tensor_strides(q_strides);
+        params.k_strides = tensor_strides(k_strides);
+        params.v_strides = tensor_strides(v_strides);
+        params.out_strides = tensor_strides(out_strides);
+        params.dout_strides = tensor_strides(dout_strides);
         params.lse = as_floats(lse);
         params.dlse = as_floats(dlse);
         params.dlse_strides = lse_strides(dlse_strides);
@@ -277,71 +286,59 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("decode_rows_per_tile", &decode_rows_per_tile, py::kw_only(), "rows"_a, "head_dim"_a);
 
-  m.def(
-      "cache_append",
-      [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
-         int head_dim, int slots, int pages, int log2_page, int pool_pages,
-         const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
-         Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
-         Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
-         Address tickets, Address stream) {
-        CacheAppendParams params{};
-        params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
-                                    pages, log2_page, pool_pages, dtype, k_cache, v_cache,
-                                    cache_strides, seqlens, block_table);
-        params.scales = cache_scales(k_scale, v_scale);
-        params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
-        params.tickets = reinterpret_cast<uint32_t*>(tickets);
-        params.stream = as_stream(stream);
-        py::gil_scoped_release release;
-        cache_append(params);
-      },
-      py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
-      "slots"_a, "pages"_a, "log2_page"_a, "pool_pages"_a, "dtype"_a, "k_cache"_a, "v_cache"_a,
-      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k_scale"_a, "v_scale"_a, "k"_a, "v"_a,
-      "new_strides"_a, "n_new"_a, "counts"_a, "advance"_a, "tickets"_a, "stream"_a);
+  m.def("cache_append",
+        [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
+           int head_dim, int slots, int pages, int log2_page, int pool_pages,
+           const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
+           Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
+           Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
+           Address tickets, Address stream) {
+          CacheAppendParams params{};
+          params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
+                                      pages, log2_page, pool_pages, dtype, k_cache, v_cache,
+                                      cache_strides, seqlens, block_table);
+          params.scales = cache_scales(k_scale, v_scale);
+          params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
+          params.tickets = reinterpret_cast<uint32_t*>(tickets);
+          params.stream = as_stream(stream);
+          py::gil_scoped_release release;
+          cache_append(params);
+        });
 
-  m.def(
-      "attn_decode",
-      [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
-         int head_dim, int slots, int pages, int log2_page, int pool_pages,
-         const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
-         Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
-         Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
-         Address tickets, int n, int q_heads, int q_offset, float softmax_scale, Address q,
-         const Strides& q_strides, Address out, Address lse, int splits, bool starts_early,
-         bool bulk, bool clustered, Address part_out, Address part_weights, Address stream) {
-        DecodeParams params{};
-        params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
-                                    pages, log2_page, pool_pages, dtype, k_cache, v_cache,
-                                    cache_strides, seqlens, block_table);
-        params.scales = cache_scales(k_scale, v_scale);
-        params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
-        params.tickets = reinterpret_cast<uint32_t*>(tickets);
-        params.n = n;
-        params.q_heads = q_heads;
-        params.q_offset = q_offset;
-        params.softmax_scale = softmax_scale;
-        params.q = reinterpret_cast<const void*>(q);
-        params.q_strides = out_strides(q_strides);
-        params.out = reinterpret_cast<void*>(out);
-        params.lse = reinterpret_cast<float*>(lse);
-        params.splits = splits;
-        params.starts_early = starts_early;
-        params.bulk = bulk;
-        params.clustered = clustered;
-        params.part_out = reinterpret_cast<float*>(part_out);
-        params.part_weights = reinterpret_cast<float*>(part_weights);
-        params.stream = as_stream(stream);
-        py::gil_scoped_release release;
-        attn_decode(params);
-      },
-      py::kw_only(), "pattern"_a, "ring"_a, "sink_slots"_a, "batch"_a, "kv_heads"_a, "head_dim"_a,
-      "slots"_a, "pages"_a, "log2_page"_a, "pool_pages"_a, "dtype"_a, "k_cache"_a, "v_cache"_a,
-      "cache_strides"_a, "seqlens"_a, "block_table"_a, "k_scale"_a, "v_scale"_a, "k"_a, "v"_a,
-      "new_strides"_a, "n_new"_a, "counts"_a, "advance"_a, "tickets"_a, "n"_a, "q_heads"_a,
-      "q_offset"_a, "softmax_scale"_a, "q"_a, "q_strides"_a, "out"_a, "lse"_a, "splits"_a,
-      "starts_early"_a, "bulk"_a, "clustered"_a, "part_out"_a, "part_weights"_a, "stream"_a);
+  m.def("attn_decode",
+        [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
+           int head_dim, int slots, int pages, int log2_page, int pool_pages,
+           const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
+           Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
+           Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
+           Address tickets, int n, int q_heads, int q_offset, float softmax_scale, Address q,
+           const Strides& q_strides, Address out, Address lse, int splits, bool starts_early,
+           bool bulk, bool clustered, Address part_out, Address part_weights, Address stream) {
+          DecodeParams params{};
+          params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
+                                      pages, log2_page, pool_pages, dtype, k_cache, v_cache,
+                                      cache_strides, seqlens, block_table);
+          params.scales = cache_scales(k_scale, v_scale);
+          params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
+          params.tickets = reinterpret_cast<uint32_t*>(tickets);
+          params.n = n;
+          params.q_heads = q_heads;
+          params.q_offset = q_offset;
+          params.softmax_scale = softmax_scale;
+          params.q = reinterpret_cast<const void*>(q);
+          params.q_strides = out_strides(q_strides);
+          params.out = reinterpret_cast<void*>(out);
+          params.lse = reinterpret_cast<float*>(lse);
+          params.splits = splits;
+          params.starts_early = starts_early;
+          params.bulk = bulk;
+          params.clustered = clustered;
+          params.part_out = reinterpret_cast<float*>(part_out);
+          params.part_weights = reinterpret_cast<float*>(part_weights);
+          params.stream = as_stream(stream);
+          py::gil_scoped_release release;
+          attn_decode(params);
+        });
 
   m.def(
       "merge_attn_states",

@@ -8,11 +8,11 @@ class BuildInfo(TypedDict):
     cuda_driver: int
 
 Strides = tuple[int, int, int]
+TensorStrides = tuple[int, ...]  # `tensor.stride()`, of 3 or 4 dimensions
 
 def build_info() -> BuildInfo: ...
 def decode_rows_per_tile(*, rows: int, head_dim: int) -> int: ...
 def cache_append(
-    *,
     pattern: list[int],
     ring: int,
     sink_slots: int,
@@ -39,9 +39,9 @@ def cache_append(
     advance: bool,
     tickets: int,
     stream: int,
+    /,
 ) -> None: ...
 def attn_decode(
-    *,
     pattern: list[int],
     ring: int,
     sink_slots: int,
@@ -82,6 +82,7 @@ def attn_decode(
     part_out: int,
     part_weights: int,
     stream: int,
+    /,
 ) -> None: ...
 def merge_attn_states(
     *,
@@ -139,11 +140,11 @@ def attn_fwd_sm90(
     dtype: str,
     softmax_scale: float,
     q: int,
-    q_strides: Strides,
+    q_strides: TensorStrides,
     k: int,
-    k_strides: Strides,
+    k_strides: TensorStrides,
     v: int,
-    v_strides: Strides,
+    v_strides: TensorStrides,
     out: int,
     lse: int,
     q_start: int,
@@ -157,6 +158,7 @@ def attn_fwd_sm90(
     page_size: int,
     table_pages: int,
     stream: int,
+    /,
 ) -> None: ...
 def attn_bwd_sm90_workspace(
     *,
@@ -187,15 +189,15 @@ def attn_bwd_sm90(
     dtype: str,
     softmax_scale: float,
     q: int,
-    q_strides: Strides,
+    q_strides: TensorStrides,
     k: int,
-    k_strides: Strides,
+    k_strides: TensorStrides,
     v: int,
-    v_strides: Strides,
+    v_strides: TensorStrides,
     out: int,
-    out_strides: Strides,
+    out_strides: TensorStrides,
     dout: int,
-    dout_strides: Strides,
+    dout_strides: TensorStrides,
     lse: int,
     dlse: int,
     dlse_strides: Strides,

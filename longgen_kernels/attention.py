@@ -93,11 +93,12 @@ def longgen_attn_func(
     """
     check_qkv(q, k, v, varlen=False)
     k_start = _checked_start("k_start", k_start, low=0)
+    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
     if q_start is None:
-        q_start = k_start + k.shape[1] - q.shape[1]
+        q_start = k_start + seqlen_k - seqlen_q
     else:
         q_start = _checked_start("q_start", q_start, low=0)
-    check_pattern(pattern, q, q_start + q.shape[1], k_start + k.shape[1])
+    check_pattern(pattern, q, q_start + seqlen_q, k_start + seqlen_k)
     out, lse = _call(
         q, k, v, pattern, softmax_scale, q_start, k_start, None, None, None, None, deterministic, backend
     )  # fmt: skip
@@ -231,7 +232,7 @@ def explain_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> dict
     check_qkv(q, k, v, varlen=False)
     check_pattern(pattern, q, max(q.shape[1], k.shape[1]), k.shape[1])
     problem = AttentionProblem(q, k, v, pattern, checked_scale(None, q.shape[-1]))
-    return dispatch.explain(attention_ops.support(problem), "attention", q.device.type)
+    return dispatch.explain(attention_ops.SUPPORT, problem, "attention", q.device.type)
 
 
 def _checked_start(name: str, value: int, *, low: int) -> int:

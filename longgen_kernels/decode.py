@@ -168,7 +168,7 @@ def explain_kvcache_attention(
     tensors = _tensors(cache, cache_seqlens, block_table, pattern)
     check_queries(tensors, q)
     problem = CacheProblem(q, tensors, checked_scale(None, q.shape[-1]), -q.shape[1])
-    return dispatch.explain(kvcache_ops.support(problem), "attention to a KV cache", q.device.type)
+    return dispatch.explain(kvcache_ops.SUPPORT, problem, "attention to a KV cache", q.device.type)
 
 
 def _tensors(
@@ -178,7 +178,7 @@ def _tensors(
     pattern: AttentionPattern | None,
 ) -> CacheTensors:
     if isinstance(cache, KVCache):
-        if any(x is not None for x in (cache_seqlens, block_table, pattern)):
+        if cache_seqlens is not None or block_table is not None or pattern is not None:
             raise ValueError(f"cache_seqlens, block_table and pattern are the {type(cache).__name__}'s own: leave out")
         return cache.tensors
     if not isinstance(cache, tuple) or len(cache) != 2:

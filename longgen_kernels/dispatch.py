@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 __all__ = ["BACKENDS", "ENV_BACKEND", "check_backend_name", "choose", "explain"]
 
@@ -17,8 +18,9 @@ BACKENDS = ("cuda", "triton", "reference")
 ENV_BACKEND = "LONGGEN_BACKEND"
 """The environment variable that replaces "auto" for a whole process."""
 
-Support = Callable[[], str | None]
-"""Asks a backend whether it can run a call: None if it can, otherwise the reason."""
+Problem = TypeVar("Problem")
+Support = Callable[[Problem], str | None]
+"""Says whether a backend can run a problem, as the operation's kernels take it: None if it can, otherwise why not."""
 
 
 def check_backend_name(backend: str) -> None:
@@ -27,13 +29,16 @@ def check_backend_name(backend: str) -> None:
         raise ValueError(f'backend is {backend!r}; valid are "auto", "cuda", "triton" and "reference"')
 
 
-def choose(requested: str, candidates: Mapping[str, Support], what: str, device_type: str) -> str:
+def choose(
+    requested: str, candidates: Mapping[str, Support[Problem]], problem: Problem, what: str, device_type: str
+) -> str:
     """Returns the name of the backend that runs a call.
 
     Args:
         requested: "auto" or a backend's name. "auto" is replaced by `LONGGEN_BACKEND` where that is set.
-        candidates: for each backend that implements the operation, a function that says None if it can run this call
+        candidates: for each backend that implements the operation, a function that says None if it can run a problem
             and otherwise why not. Only backends that come into question are asked.
+        problem: what they are asked about.
         what: the operation's name, for the messages.
         device_type: `tensor.device.type` of the arguments.
 
@@ -41,7 +46,7 @@ def choose(requested: str, candidates: Mapping[str, Support], what: str, device_
         ValueError: there is no backend of the requested name.
         NotImplementedError: the requested backend, or under "auto" none of the kernels, can run the call.
 
-    >>> choose("auto", {"reference": lambda: None}, "merge", "cpu")
+    >>> choose("auto", {"reference": lambda problem: None}, "any", "merge", "cpu")
     'reference'
     """
     asked_by = f'backend="{requested}"'
@@ -57,7 +62,7 @@ def choose(requested: str, candidates: Mapping[str, Support], what: str, device_
     order = _auto_order(device_type) if requested == "auto" else (requested,)
     reasons = {}
     for name in order:
-        reason = _why_not(name, candidates, what, device_type)
+        reason = _why_not(name, candidates, problem, what, device_type)
         if reason is None:
             return name
         reasons[name] = reason
@@ -69,9 +74,11 @@ def choose(requested: str, candidates: Mapping[str, Support], what: str, device_
     raise NotImplementedError("\n".join(lines))
 
 
-def explain(candidates: Mapping[str, Support], what: str, device_type: str) -> dict[str, str | None]:
-    """Every backend by name with None if it could run the call, otherwise the reason why not."""
-    return {name: _why_not(name, candidates, what, device_type) for name in BACKENDS}
+def explain(
+    candidates: Mapping[str, Support[Problem]], problem: Problem, what: str, device_type: str
+) -> dict[str, str | None]:
+    """Every backend by name with None if it could run the problem, otherwise the reason why not."""
+    return {name: _why_not(name, candidates, problem, what, device_type) for name in BACKENDS}
 
 
 def _auto_order(device_type: str) -> tuple[str, ...]:
@@ -81,11 +88,13 @@ def _auto_order(device_type: str) -> tuple[str, ...]:
     return ("cuda", "triton") if device_type == "cuda" else ("triton",)
 
 
-def _why_not(name: str, candidates: Mapping[str, Support], what: str, device_type: str) -> str | None:
+def _why_not(
+    name: str, candidates: Mapping[str, Support[Problem]], problem: Problem, what: str, device_type: str
+) -> str | None:
     if name not in candidates:
         return f"has no implementation of {what}"
     if name == "cuda" and device_type != "cuda":
         return f"takes CUDA tensors, got {device_type} tensors"
     if name == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "takes CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before the process starts"
-    return candidates[name]()
+    return candidates[name](problem)

@@ -328,4 +328,4 @@ def explain_append(cache: KVCache) -> dict[str, str | None]:
     True
     """
     tensors = cache.tensors
-    return dispatch.explain(_kvcache_ops.append_support(tensors), "appending to a KV cache", tensors.k.device.type)
+    return dispatch.explain(_kvcache_ops.APPEND_SUPPORT, tensors, "appending to a KV cache", tensors.k.device.type)

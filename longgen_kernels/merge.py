@@ -67,7 +67,7 @@ def explain_merge(out_a: Tensor) -> dict[str, str | None]:
     >>> explain_merge(torch.empty(1, 4, 2, 64))["reference"] is None
     True
     """
-    return dispatch.explain(_merge_ops.support(out_a), "merge_attn_states", out_a.device.type)
+    return dispatch.explain(_merge_ops.SUPPORT, out_a, "merge_attn_states", out_a.device.type)
 
 
 def _check(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

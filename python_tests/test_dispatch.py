@@ -7,15 +7,15 @@ import pytest
 from longgen_kernels.dispatch import BACKENDS, choose, explain
 
 
-def can() -> None:
+def can(problem: object) -> None:
     return None
 
 
-def cannot() -> str:
+def cannot(problem: object) -> str:
     return "no luck"
 
 
-def never_asked() -> str:
+def never_asked(problem: object) -> str:
     raise AssertionError("this backend does not come into question")
 
 
@@ -30,16 +30,17 @@ def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_auto_takes_the_first_kernel_that_can(device, cuda, triton, chosen) -> None:
     candidates = {"cuda": cuda, "triton": triton, "reference": never_asked}
-    assert choose("auto", candidates, "merge", device) == chosen
+    assert choose("auto", candidates, "problem", "merge", device) == chosen
 
 
 def test_auto_on_the_cpu_is_the_reference() -> None:
-    assert choose("auto", {"cuda": never_asked, "triton": never_asked, "reference": can}, "x", "cpu") == "reference"
+    candidates = {"cuda": never_asked, "triton": never_asked, "reference": can}
+    assert choose("auto", candidates, "problem", "x", "cpu") == "reference"
 
 
 def test_auto_never_falls_to_the_reference_on_a_gpu() -> None:
     with pytest.raises(NotImplementedError) as raised:
-        choose("auto", {"cuda": cannot, "reference": never_asked}, "merge", "cuda")
+        choose("auto", {"cuda": cannot, "reference": never_asked}, "problem", "merge", "cuda")
     message = str(raised.value)
     assert "merge on cuda tensors" in message
     assert "cuda: no luck" in message
@@ -50,46 +51,46 @@ def test_auto_never_falls_to_the_reference_on_a_gpu() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 def test_an_explicit_backend_runs_or_raises(name: str) -> None:
     others = dict.fromkeys(BACKENDS, never_asked)
-    assert choose(name, {**others, name: can}, "x", "cuda") == name
+    assert choose(name, {**others, name: can}, "problem", "x", "cuda") == name
     with pytest.raises(NotImplementedError, match=f"{name}: no luck"):
-        choose(name, {**others, name: cannot}, "x", "cuda")
+        choose(name, {**others, name: cannot}, "problem", "x", "cuda")
 
 
 def test_triton_takes_cpu_tensors_in_its_interpreter_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="TRITON_INTERPRET=1"):
-        choose("triton", {"triton": can}, "x", "cpu")
+        choose("triton", {"triton": can}, "problem", "x", "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose("triton", {"triton": can}, "x", "cpu") == "triton"
-    assert choose("auto", {"triton": can, "reference": can}, "x", "cpu") == "reference"
+    assert choose("triton", {"triton": can}, "problem", "x", "cpu") == "triton"
+    assert choose("auto", {"triton": can, "reference": can}, "problem", "x", "cpu") == "reference"
 
 
 def test_cuda_takes_cuda_tensors_only() -> None:
     with pytest.raises(NotImplementedError, match="cuda: takes CUDA tensors, got cpu tensors"):
-        choose("cuda", {"cuda": never_asked}, "x", "cpu")
+        choose("cuda", {"cuda": never_asked}, "problem", "x", "cpu")
 
 
 def test_environment_replaces_auto_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = dict.fromkeys(BACKENDS, can)
     monkeypatch.setenv("LONGGEN_BACKEND", "reference")
-    assert choose("auto", everything, "x", "cuda") == "reference"
-    assert choose("triton", everything, "x", "cuda") == "triton"
+    assert choose("auto", everything, "problem", "x", "cuda") == "reference"
+    assert choose("triton", everything, "problem", "x", "cuda") == "triton"
     monkeypatch.setenv("LONGGEN_BACKEND", "auto")
-    assert choose("auto", everything, "x", "cuda") == "cuda"
+    assert choose("auto", everything, "problem", "x", "cuda") == "cuda"
     monkeypatch.setenv("LONGGEN_BACKEND", "cuda")
     with pytest.raises(NotImplementedError, match="LONGGEN_BACKEND=cuda"):
-        choose("auto", {"cuda": cannot}, "x", "cuda")
+        choose("auto", {"cuda": cannot}, "problem", "x", "cuda")
     monkeypatch.setenv("LONGGEN_BACKEND", "fast")
     with pytest.raises(ValueError, match="LONGGEN_BACKEND is 'fast'; valid are auto, cuda, triton, reference"):
-        choose("auto", everything, "x", "cuda")
+        choose("auto", everything, "problem", "x", "cuda")
 
 
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="backend is 'gpu'; valid are"):
-        choose("gpu", {}, "x", "cuda")
+        choose("gpu", {}, "problem", "x", "cuda")
 
 
 def test_explain_asks_everyone() -> None:
-    assert explain({"cuda": can, "reference": cannot}, "x", "cuda") == {
+    assert explain({"cuda": can, "reference": cannot}, "problem", "x", "cuda") == {
         "cuda": None,
         "triton": "has no implementation of x",
         "reference": "no luck",

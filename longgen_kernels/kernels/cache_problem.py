@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from longgen_kernels.cache_layout import MAX_QUERY_TOKENS, CacheLayout
 from longgen_kernels.kernels.problem import DTYPES
 
 
-@dataclass(frozen=True)
-class CacheTensors:
+class CacheTensors(NamedTuple):
     """The memory of a cache, whoever owns it.
 
     k and v (batch, kv_heads, slots, head_dim), any strides with a unit last one; or, with `block_table` int32 (batch,
@@ -67,8 +66,7 @@ class CacheTensors:
         return self.k.shape[2] * (1 if self.block_table is None else self.block_table.shape[1])
 
 
-@dataclass(frozen=True)
-class NewTokens:
+class NewTokens(NamedTuple):
     """Keys and values (batch, n, kv_heads, head_dim) that follow a sequence's last token.
 
     `counts` int32 (batch,) says how many of the n rows a sequence has, all of them if None. `advance` adds them to the
@@ -85,8 +83,7 @@ class NewTokens:
         return self.k.shape[1]
 
 
-@dataclass(frozen=True)
-class CacheProblem:
+class CacheProblem(NamedTuple):
     """Attention of a few queries to a cache, which `new` tokens are appended to first.
 
     q (batch, n, q_heads, head_dim). Row `i` stands at position `seqlens + q_offset + i`, with `seqlens` as it is before
@@ -210,14 +207,15 @@ def check_queries(cache: CacheTensors, q: Tensor) -> None:
     _check_tensor("q", q, cache.k.device, 4, "(batch, n, q_heads, head_dim)")
     if q.dtype != cache.dtype:
         raise TypeError(f"q must have the cache's dtype {cache.dtype}, got {q.dtype}")
-    if q.shape[0] != cache.batch or q.shape[3] != cache.head_dim:
+    batch, _, q_heads, head_dim = q.shape
+    if batch != cache.batch or head_dim != cache.head_dim:
         raise ValueError(
             f"q must be (batch, n, q_heads, head_dim) with batch {cache.batch} and head_dim {cache.head_dim}, "
             f"got shape {tuple(q.shape)}"
         )
-    if q.shape[2] < 1 or q.shape[2] % cache.kv_heads != 0:
-        raise ValueError(f"q heads ({q.shape[2]}) must be a multiple of the cache's kv heads ({cache.kv_heads})")
-    if q.shape[-1] > 1 and q.stride(-1) != 1:
+    if q_heads < 1 or q_heads % cache.kv_heads != 0:
+        raise ValueError(f"q heads ({q_heads}) must be a multiple of the cache's kv heads ({cache.kv_heads})")
+    if head_dim > 1 and q.stride(-1) != 1:
         raise ValueError(f"q must have stride 1 in head_dim, got strides {q.stride()}; call .contiguous()")
 
 

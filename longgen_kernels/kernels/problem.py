@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ from longgen_kernels.patterns import MAX_POSITION, AttentionPattern, BlockMask
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class AttentionProblem:
+class AttentionProblem(NamedTuple):
     """One attention call.
 
     q (batch, seqlen_q, q_heads, head_dim), k and v (batch, seqlen_k, kv_heads, head_dim); with `cu_seqlens_q` and
@@ -62,7 +61,8 @@ class AttentionProblem:
     @property
     def lse_shape(self) -> tuple[int, ...]:
         """(batch, q_heads, seqlen_q), or (q_heads, total_q) when packed."""
-        return (*self.q.shape[:-3], self.q_heads, self.q.shape[-3])
+        *batch, seqlen_q, q_heads, _ = self.q.shape
+        return (*batch, q_heads, seqlen_q)
 
     def gathered(self) -> AttentionProblem:
         """The same problem with the pages copied to where a packed batch has its keys; lengths stay on the device.
@@ -80,8 +80,8 @@ class AttentionProblem:
         cu_seqlens_k = torch.cat([torch.stack([begins, ends], 1).flatten(), begins[-1:] + rows])
         cu_seqlens_q = self.cu_seqlens_q.repeat_interleave(2, output_size=2 * self.batch + 2)[1:]
         q_starts = None if self.q_starts is None else self.q_starts.repeat_interleave(2)
-        return replace(
-            self, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_starts=q_starts, block_table=None
+        return self._replace(
+            k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_starts=q_starts, block_table=None
         )
 
 
@@ -92,25 +92,27 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, *, varlen: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        shape, dtype = x.shape, x.dtype
+        shape, dtype, device = x.shape, x.dtype, x.device
         if len(shape) != ndim:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(shape)}")
         if dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
         if shape[-1] < 1 or shape[-2] < 1:
             raise ValueError(f"{name} needs at least one head and head_dim >= 1, got shape {tuple(shape)}")
-        if x.stride(-1) != 1 and shape[-1] > 1:
-            raise ValueError(f"{name} must have stride 1 in head_dim, got strides {x.stride()}; call .contiguous()")
-        if x is q:
-            q_shape, q_dtype, q_device = shape, dtype, x.device
+        strides = x.stride()
+        if strides[-1] != 1 and shape[-1] > 1:
+            raise ValueError(f"{name} must have stride 1 in head_dim, got strides {strides}; call .contiguous()")
+        if name == "q":
+            q_shape, q_dtype, q_device = shape, dtype, device
             continue
         if dtype != q_dtype:
             raise TypeError(f"{name} must have q's dtype {q_dtype}, got {dtype}")
-        if x.device != q_device:
-            raise ValueError(f"{name} must be on q's device {q_device}, got {x.device}")
-    k_shape = k.shape
-    if k_shape != v.shape:
-        raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(v.shape)}")
+        if device != q_device:
+            raise ValueError(f"{name} must be on q's device {q_device}, got {device}")
+        if name == "k":
+            k_shape = shape
+        elif shape != k_shape:
+            raise ValueError(f"k and v must have one shape, got {tuple(k_shape)} and {tuple(shape)}")
     if q_shape[-1] != k_shape[-1]:
         raise ValueError(f"q and k must have one head_dim, got {q_shape[-1]} and {k_shape[-1]}")
     if not varlen and q_shape[0] != k_shape[0]:

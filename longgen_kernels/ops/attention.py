@@ -7,7 +7,7 @@ is chosen inside the operator, when it runs.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from longgen_kernels.ops.eager import is_plain_eager
 from longgen_kernels.patterns import BlockMask, decode_pattern
 
 BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
+SUPPORT = {name: backend.attention_unsupported for name, backend in BACKENDS.items()}
+# The gradient need not run where forward ran: backends agree on what out and LSE mean.
+BACKWARD_SUPPORT = {name: backend.backward_unsupported for name, backend in BACKENDS.items()}
 
 lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 
@@ -33,11 +36,6 @@ lib.define(
     "attn_bwd(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, "
     f"Tensor q, Tensor k, Tensor v, {_PROBLEM}) -> (Tensor, Tensor, Tensor)"
 )
-
-
-def support(problem: AttentionProblem) -> dict[str, dispatch.Support]:
-    """For each backend that implements attention, the question whether it can run this problem."""
-    return {name: lambda b=backend: b.attention_unsupported(problem) for name, backend in BACKENDS.items()}  # type: ignore[misc]
 
 
 def _problem(
@@ -62,17 +60,12 @@ def _problem(
     )
 
 
-def backward_support(problem: AttentionProblem) -> dict[str, dispatch.Support]:
-    """The same for the gradient. It need not run where forward ran: backends agree on what out and LSE mean."""
-    return {name: lambda b=backend: b.backward_unsupported(problem) for name, backend in BACKENDS.items()}  # type: ignore[misc]
-
-
 def _attn_fwd(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _run_fwd(_problem(q, k, v, *rest[:-1]), rest[-1])
 
 
 def _attn_paged_fwd(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    problem = replace(_problem(q, k, v, *rest[:-1]), block_table=block_table)
+    problem = _problem(q, k, v, *rest[:-1])._replace(block_table=block_table)
     if q.device.type != "cuda" or cuda.attention_unsupported(problem) is not None:
         problem = problem.gathered()  # the other backends read packed keys
     return _run_fwd(problem, rest[-1])
@@ -80,7 +73,7 @@ def _attn_paged_fwd(q: Tensor, k: Tensor, v: Tensor, block_table: Tensor, *rest:
 
 def _run_fwd(problem: AttentionProblem, requested: str) -> tuple[Tensor, Tensor]:
     q = problem.q
-    backend = BACKENDS[dispatch.choose(requested, support(problem), "attention", q.device.type)]
+    backend = BACKENDS[dispatch.choose(requested, SUPPORT, problem, "attention", q.device.type)]
     if q.numel() == 0 or problem.k.numel() == 0:
         return torch.zeros(q.shape, dtype=q.dtype, device=q.device), _empty_lse(problem).fill_(-torch.inf)
     out, lse = backend.attn_fwd(problem)
@@ -91,7 +84,7 @@ def _attn_bwd(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(q, k, v, *rest[:-1])
-    backend = BACKENDS[dispatch.choose(rest[-1], backward_support(problem), "attention's gradient", q.device.type)]
+    backend = BACKENDS[dispatch.choose(rest[-1], BACKWARD_SUPPORT, problem, "attention's gradient", q.device.type)]
     if q.numel() == 0 or k.numel() == 0:
         return _zeros(q), _zeros(k), _zeros(v)
     dq, dk, dv = backend.attn_bwd(problem, dout, out, lse, dlse)
@@ -132,7 +125,8 @@ def attend(problem: AttentionProblem, backend: str) -> tuple[Tensor, Tensor]:
     if not is_plain_eager(q, k, v):
         out, lse = torch.ops.longgen_kernels.attn_fwd.default(q, k, v, *_arguments(problem, backend))
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _Attention.apply(None, q, k, v, *_arguments(problem, backend))  # type: ignore[no-untyped-call]
+        run = partial(_run_fwd, problem, backend)
+        out, lse = _Attention.apply(run, q, k, v, _arguments(problem, backend))  # type: ignore[no-untyped-call]
     else:
         out, lse = _run_fwd(problem, backend)
     return out, lse
@@ -149,13 +143,17 @@ def _arguments(problem: AttentionProblem, backend: str) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
+# Autograd looks at each argument of a function, so that all but the tensors that may need gradients come as one tuple.
+# `run` computes the results, with the dispatcher or without.
+
+
 class _Attention(torch.autograd.Function):
-    """The operator on tensors that need gradients; `keyset` is the dispatcher's, None without it."""
+    """The operator on tensors that need gradients."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _attn_fwd(*args) if keyset is None else _below_autograd("attn_fwd", keyset, args)
-        q, k, v, pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend = args
+    def forward(ctx: Any, run: Any, q: Tensor, k: Tensor, v: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        out, lse = run()
+        pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend = rest
         ctx.save_for_backward(q, k, v, out, lse, mask_rows, mask_cols, *packing)
         ctx.plain = pattern, scale, q_start, k_start, deterministic, backend
         ctx.set_materialize_grads(False)
@@ -172,15 +170,15 @@ class _Attention(torch.autograd.Function):
                 dout, dlse, out, lse, q, k, v,
                 pattern, mask_rows, mask_cols, scale, q_start, k_start, *packing, deterministic, backend,
             )  # fmt: skip
-        return (None, *grads, *(None,) * 12)
+        return (None, *grads, None)
 
 
 class _PagedAttention(torch.autograd.Function):
     """Attention to pages of keys on tensors that need gradients, which it cannot give."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _below_autograd("attn_paged_fwd", keyset, args)
+    def forward(ctx: Any, run: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = run()
         return out, lse
 
     @staticmethod
@@ -192,8 +190,8 @@ class _AttentionGradient(torch.autograd.Function):
     """The gradient on tensors that need gradients, which it cannot give."""
 
     @staticmethod
-    def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, ...]:
-        grads: tuple[Tensor, ...] = _below_autograd("attn_bwd", keyset, args)
+    def forward(ctx: Any, run: Any, *args: Any) -> tuple[Tensor, ...]:
+        grads: tuple[Tensor, ...] = run()
         return grads
 
     @staticmethod
@@ -201,19 +199,19 @@ class _AttentionGradient(torch.autograd.Function):
         raise NotImplementedError("longgen_kernels attention has no second derivative")
 
 
-def _below_autograd(name: str, keyset: Any, args: tuple[Any, ...]) -> Any:
-    op = getattr(torch.ops.longgen_kernels, name).default
-    return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+def _register(name: str, impl: Any, fake: Any, function: type[torch.autograd.Function], tensors: int) -> None:
+    """Registers the kernels of an operator whose first `tensors` arguments may need gradients.
 
-
-def _register(name: str, impl: Any, fake: Any, function: type[torch.autograd.Function]) -> None:
-    """Registers an operator's kernels. `torch.library.register_autograd` would do, but for an operator of 15 arguments
-    it takes 50 microseconds a call to look for defaults."""
+    `torch.library.register_autograd` would do, but for an operator of 15 arguments it takes 50 microseconds a call to
+    look for defaults.
+    """
 
     def autograd(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            return function.apply(keyset, *args)
-        return _below_autograd(name, keyset, args)
+        op = getattr(torch.ops.longgen_kernels, name).default
+        run = partial(op.redispatch, keyset & torch._C._after_autograd_keyset, *args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args[:tensors]):
+            return function.apply(run, *args[:tensors], args[tensors:])
+        return run()
 
     for key in ("CPU", "CUDA"):
         lib.impl(name, impl, key)
@@ -221,6 +219,6 @@ def _register(name: str, impl: Any, fake: Any, function: type[torch.autograd.Fun
     lib.impl(name, autograd, "Autograd", with_keyset=True)
 
 
-_register("attn_fwd", _attn_fwd, _attn_fwd_fake, _Attention)
-_register("attn_paged_fwd", _attn_paged_fwd, _attn_paged_fwd_fake, _PagedAttention)
-_register("attn_bwd", _attn_bwd, _attn_bwd_fake, _AttentionGradient)
+_register("attn_fwd", _attn_fwd, _attn_fwd_fake, _Attention, tensors=3)
+_register("attn_paged_fwd", _attn_paged_fwd, _attn_paged_fwd_fake, _PagedAttention, tensors=3)
+_register("attn_bwd", _attn_bwd, _attn_bwd_fake, _AttentionGradient, tensors=7)

@@ -20,6 +20,8 @@ from longgen_kernels.ops.eager import is_plain_eager
 from longgen_kernels.patterns import AttentionPattern, decode_pattern
 
 BACKENDS = {"cuda": cuda, "triton": triton, "reference": reference}
+SUPPORT = {name: backend.cache_attention_unsupported for name, backend in BACKENDS.items()}
+APPEND_SUPPORT = {name: backend.cache_unsupported for name, backend in BACKENDS.items()}
 
 lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 
@@ -34,16 +36,6 @@ lib.define(
 )
 lib.define(f"kvcache_append({_WRITTEN}, {_NEW}, {_REST}) -> ()")
 lib.define(f"kvcache_append_attn(Tensor q, {_WRITTEN}, {_NEW}, float softmax_scale, {_REST}) -> (Tensor, Tensor)")
-
-
-def support(problem: CacheProblem) -> dict[str, dispatch.Support]:
-    """For each backend the question whether it can run this problem."""
-    return {name: lambda b=backend: b.cache_attention_unsupported(problem) for name, backend in BACKENDS.items()}  # type: ignore[misc]
-
-
-def append_support(cache: CacheTensors) -> dict[str, dispatch.Support]:
-    """For each backend the question whether it can append to this cache."""
-    return {name: lambda b=backend: b.cache_unsupported(cache) for name, backend in BACKENDS.items()}  # type: ignore[misc]
 
 
 def attend(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
@@ -79,7 +71,7 @@ def _cache(
 
 
 def _run(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = dispatch.choose(backend, support(problem), "attention to a KV cache", problem.q.device.type)
+    chosen = dispatch.choose(backend, SUPPORT, problem, "attention to a KV cache", problem.q.device.type)
     if problem.q.numel() == 0:
         if problem.new is not None:
             BACKENDS[chosen].cache_append(problem.cache, problem.new)
@@ -103,7 +95,7 @@ def _append(
     k_scale: Tensor | None = None, v_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, k.dtype)
-    chosen = dispatch.choose(backend, append_support(cache), "appending to a KV cache", k.device.type)
+    chosen = dispatch.choose(backend, APPEND_SUPPORT, cache, "appending to a KV cache", k.device.type)
     BACKENDS[chosen].cache_append(cache, NewTokens(k, v, counts, advance))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from longgen_kernels import dispatch
 
-__all__ = ["support"]
+__all__ = ["SUPPORT"]
 
 lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 _STATES = "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b"
@@ -25,25 +26,23 @@ lib.define(
 )
 
 
-def support(out_a: Tensor) -> dict[str, dispatch.Support]:
-    """For each backend the question whether it can merge states like `out_a`."""
-
-    def ask(name: str) -> str | None:
-        if name == "triton" and importlib.util.find_spec("triton") is None:
-            return "Triton is not installed"
-        reason: str | None = _backend(name).merge_unsupported(out_a)
-        return reason
-
-    return {name: lambda name=name: ask(name) for name in dispatch.BACKENDS}  # type: ignore[misc]
-
-
 def _backend(name: str) -> Any:
     # Imported when first used: a machine without Triton has the reference all the same.
     return importlib.import_module(f"longgen_kernels.kernels.{name}.merge")
 
 
+def _unsupported(name: str, out_a: Tensor) -> str | None:
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    reason: str | None = _backend(name).merge_unsupported(out_a)
+    return reason
+
+
+SUPPORT = {name: partial(_unsupported, name) for name in dispatch.BACKENDS}
+
+
 def _choose(requested: str, out_a: Tensor) -> Any:
-    return _backend(dispatch.choose(requested, support(out_a), "merge_attn_states", out_a.device.type))
+    return _backend(dispatch.choose(requested, SUPPORT, out_a, "merge_attn_states", out_a.device.type))
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -35,17 +35,17 @@ def hopper_unsupported(
     problem: AttentionProblem, *, head_dims: tuple[int, ...], smallest_mask_block: int
 ) -> str | None:
     """Why a Hopper kernel for these sizes does not run the problem, or None."""
-    reason = _not_on(problem.q.device)
+    q, pattern = problem.q, problem.pattern
+    reason = _not_on(q.device)
     if reason is not None:
         return reason
-    if problem.q.dtype not in DTYPE_NAMES:
-        return f"takes float16 and bfloat16, got {problem.q.dtype}"
+    if q.dtype not in DTYPE_NAMES:
+        return f"takes float16 and bfloat16, got {q.dtype}"
     if problem.head_dim not in head_dims:
         return f"takes head_dim {' and '.join(map(str, head_dims))}, got {problem.head_dim}"
-    pattern = problem.pattern
     if isinstance(pattern, BlockMask) and pattern.block_size < smallest_mask_block:
         return f"takes block masks of at least {smallest_mask_block}-token blocks, got {pattern.block_size}"
-    for name, x in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
+    for name, x in (("q", q), ("k", problem.k), ("v", problem.v)):
         if not has_aligned_rows(x):
             return f"takes {name} with rows at multiples of 16 bytes, got strides {x.stride()}"
     return None
@@ -55,11 +55,14 @@ def has_aligned_rows(x: Tensor) -> bool:
     """Whether the copy engine can read a tensor: unit last stride, the others multiples of 16 bytes."""
     if x.data_ptr() % 16 != 0:
         return False
-    elements = 16 // x.element_size()
+    elements, shape = 16 // x.element_size(), x.shape
     if x.is_contiguous():
-        return x.shape[-1] % elements == 0
-    strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True) if n > 1]
-    return x.stride(-1) == 1 and all(s > 0 and s % elements == 0 for s in strides)
+        return shape[-1] % elements == 0
+    strides = x.stride()
+    for n, stride in zip(shape[:-1], strides[:-1], strict=True):
+        if n > 1 and (stride <= 0 or stride % elements != 0):
+            return False
+    return strides[-1] == 1
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -72,15 +75,9 @@ def current_stream(x: Tensor) -> int:
     return int(torch._C._cuda_getCurrentRawStream(x.get_device()))
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of (batch, seqlen, heads); a packed tensor is a batch of one."""
-    all_of_them = x.stride()
-    return all_of_them[:3] if len(all_of_them) == 4 else (0, *all_of_them[:2])  # type: ignore[return-value]
-
-
 def argument(name: str, x: Tensor) -> dict[str, Any]:
     """A tensor as address and strides, for keywords."""
-    return {name: x.data_ptr(), f"{name}_strides": strides(x)}
+    return {name: x.data_ptr(), f"{name}_strides": x.stride()}
 
 
 def address(x: Tensor | None) -> int:

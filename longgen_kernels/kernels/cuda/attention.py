@@ -11,7 +11,6 @@ from longgen_kernels.kernels.cuda.arguments import (
     current_stream,
     hopper_unsupported,
     on_device,
-    strides,
 )
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import AttentionPattern, BlockMask
@@ -41,17 +40,20 @@ def attn_fwd(problem: AttentionProblem) -> tuple[Tensor, Tensor]:
     from longgen_kernels import _C
 
     q, k, v, pattern, table = problem.q, problem.k, problem.v, problem.pattern, problem.block_table
+    *_, seqlen_q, q_heads, head_dim = q.shape
+    *_, seqlen_k, kv_heads, _ = k.shape
+    pages, page_size, table_pages = 0, 0, 0
+    if table is not None:
+        pages, page_size, table_pages, seqlen_k = k.shape[0], k.shape[1], table.shape[1], _ANY_LENGTH
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(problem.lse_shape, dtype=torch.float32)
-    pages, page_size, table_pages = (0, 0, 0) if table is None else (*k.shape[:2], table.shape[1])
+    lse = q.new_empty(*problem.lse_shape, dtype=torch.float32)
     with on_device(q):
         # By position: as keywords they would cost the host more than an allocation.
         _C.attn_fwd_sm90(
             pattern.encode(), address(pattern.rows if isinstance(pattern, BlockMask) else None),
-            problem.batch, q.shape[-3], k.shape[-3] if table is None else _ANY_LENGTH,
-            problem.q_heads, problem.kv_heads, problem.head_dim,
+            problem.batch, seqlen_q, seqlen_k, q_heads, kv_heads, head_dim,
             DTYPE_NAMES[q.dtype], problem.softmax_scale,
-            q.data_ptr(), strides(q), k.data_ptr(), strides(k), v.data_ptr(), strides(v),
+            q.data_ptr(), q.stride(), k.data_ptr(), k.stride(), v.data_ptr(), v.stride(),
             out.data_ptr(), lse.data_ptr(),
             problem.q_start, problem.k_start, address(problem.cu_seqlens_q), address(problem.cu_seqlens_k),
             address(problem.q_starts), address(problem.k_starts),

@@ -72,8 +72,9 @@ def cache_append(cache: CacheTensors, new: NewTokens) -> None:
 
     k, v = _aligned(new.k, new.v)
     tickets = _tickets(cache)
+    arguments = (*_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(), current_stream(k))
     with on_device(cache.k):
-        _C.cache_append(**_cache(cache), **_new_tokens(new, k, v), tickets=tickets.data_ptr(), stream=current_stream(k))
+        _C.cache_append(*arguments)
 
 
 def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
@@ -82,11 +83,12 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 
     q, cache, new = problem.q, problem.cache, problem.new
     batch, n, q_heads, head_dim = q.shape
-    q = _aligned(q)[0]
-    out = torch.empty(problem.q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(problem.lse_shape, dtype=torch.float32, device=q.device)
-    rows = _C.decode_rows_per_tile(rows=n * problem.group, head_dim=head_dim)
-    row_tiles = -(-n * problem.group // rows)
+    (q,) = _aligned(q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, q_heads, n, dtype=torch.float32)
+    group_rows = n * problem.group
+    rows = _C.decode_rows_per_tile(rows=group_rows, head_dim=head_dim)
+    row_tiles = -(-group_rows // rows)
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
@@ -97,27 +99,15 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         part_out = torch.empty(blocks * splits * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
+    # By position: as keywords they would cost the host more than an allocation.
+    arguments = (
+        *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(),
+        n, q_heads, problem.q_offset, problem.softmax_scale,
+        q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
+        splits, hopper, bulk, clustered, address(part_out), address(part_weights), current_stream(q),
+    )  # fmt: skip
     with on_device(q):
-        _C.attn_decode(
-            **_cache(cache),
-            **_new_tokens(new, k, v),
-            tickets=tickets.data_ptr(),
-            n=n,
-            q_heads=q_heads,
-            q_offset=problem.q_offset,
-            softmax_scale=problem.softmax_scale,
-            q=q.data_ptr(),
-            q_strides=(q.stride(0), q.stride(1), q.stride(2)),
-            out=out.data_ptr(),
-            lse=lse.data_ptr(),
-            splits=splits,
-            starts_early=hopper,
-            bulk=bulk,
-            clustered=clustered,
-            part_out=address(part_out),
-            part_weights=address(part_weights),
-            stream=current_stream(q),
-        )
+        _C.attn_decode(*arguments)
     return out, lse
 
 
@@ -157,39 +147,24 @@ def _runs_hopper_code(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0) and "90a" in _C.build_info()["cuda_archs"].split(",")
 
 
-def _cache(cache: CacheTensors) -> dict[str, Any]:
-    layout = cache.layout
-    return {
-        "pattern": layout.pattern.encode(),
-        "ring": -1 if layout.ring is None else layout.ring,
-        "sink_slots": layout.sink_slots,
-        "batch": cache.batch,
-        "kv_heads": cache.kv_heads,
-        "head_dim": cache.head_dim,
-        "slots": cache.slots,
-        "pages": 0 if cache.block_table is None else cache.block_table.shape[1],
-        "log2_page": 0 if cache.block_table is None else cache.page_size.bit_length() - 1,
-        "pool_pages": 0 if cache.block_table is None else cache.k.shape[0],
-        "dtype": DTYPE_NAMES[cache.dtype],
-        "k_cache": cache.k.data_ptr(),
-        "v_cache": cache.v.data_ptr(),
-        "cache_strides": cache.k.stride()[:3],
-        "seqlens": cache.seqlens.data_ptr(),
-        "block_table": address(cache.block_table),
-        "k_scale": address(cache.k_scale),
-        "v_scale": address(cache.v_scale),
-    }
+def _cache(cache: CacheTensors) -> tuple[Any, ...]:
+    """From `pattern` to `v_scale`."""
+    layout, k, table = cache.layout, cache.k, cache.block_table
+    pages, log2_page, pool_pages = 0, 0, 0
+    if table is not None:
+        pages, log2_page, pool_pages = table.shape[1], cache.page_size.bit_length() - 1, k.shape[0]
+    return (
+        layout.pattern.encode(), -1 if layout.ring is None else layout.ring, layout.sink_slots,
+        cache.batch, cache.kv_heads, cache.head_dim, cache.slots, pages, log2_page, pool_pages,
+        DTYPE_NAMES[cache.dtype], k.data_ptr(), cache.v.data_ptr(), k.stride()[:3],
+        cache.seqlens.data_ptr(), address(table), address(cache.k_scale), address(cache.v_scale),
+    )  # fmt: skip
 
 
-def _new_tokens(new: NewTokens | None, k: Tensor, v: Tensor) -> dict[str, Any]:
-    return {
-        "k": k.data_ptr(),
-        "v": v.data_ptr(),
-        "new_strides": k.stride()[:3],
-        "n_new": 0 if new is None else new.n,
-        "counts": address(None if new is None else new.counts),
-        "advance": new is not None and new.advance,
-    }
+def _new_tokens(new: NewTokens | None, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """From `k` to `advance`."""
+    n, counts, advance = (0, None, False) if new is None else (new.n, new.counts, new.advance)
+    return k.data_ptr(), v.data_ptr(), k.stride()[:3], n, address(counts), advance
 
 
 def _tickets(cache: CacheTensors) -> Tensor:
