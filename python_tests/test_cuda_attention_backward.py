@@ -123,6 +123,18 @@ def test_global_keys_of_few_heads_are_divided(
     check(case, launches)
 
 
+@HEAD_DIMS
+@pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
+@pytest.mark.parametrize(("seqlen_q", "q_heads", "kv_heads"), [(2000, 64, 64), (1333, 64, 32)])
+def test_blocks_take_many_items(
+    kind: str, seqlen_q: int, q_heads: int, kv_heads: int, head_dim: int, launches: list[None], poison: object
+) -> None:
+    """Some eight a block, one after the other in the same shared memory."""
+    pattern = patterns_of_every_kind(SIZE)[kind]
+    case = dense("many heads", pattern, seqlen_q, 2000, batch=1, q_heads=q_heads, kv_heads=kv_heads)
+    check(case.at(BF16, head_dim), launches)
+
+
 SHAPES = [(BF16, 128, 1), (HALF, 64, 4), (BF16, 64, 2), (HALF, 128, 4), (BF16, 128, 2), (BF16, 64, 1)]
 
 

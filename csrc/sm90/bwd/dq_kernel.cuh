@@ -6,9 +6,9 @@
 
 #include "arch/sm90/registers.cuh"
 #include "arch/sm90/tma.cuh"
-#include "arch/sm90/wgmma.cuh"
 #include "attention/key_mask.cuh"
 #include "attention/softmax.cuh"
+#include "sm90/bwd/products.cuh"
 #include "sm90/bwd/rows.cuh"
 #include "sm90/bwd/traits.cuh"
 #include "sm90/work.cuh"
@@ -177,7 +177,7 @@ class DqMathWarpgroup {
         shared_.v_full[v_stage].wait(step_ / Traits::kVStages & 1);
         clear_neighbours(shared_.v[v_stage], item, first_box);
         float dp[kScores];
-        issue_transposed(dp, shared_address(shared_.dout), shared_address(shared_.v[v_stage]));
+        issue_with_queries(dp, shared_.dout, shared_.v[v_stage]);
         // Then dP is the only product in flight: scores are there, the last tile's dQ is added.
         wgmma_wait<1>();
         pin(s);
@@ -201,7 +201,8 @@ class DqMathWarpgroup {
         for (int i = 0; i < kScores / 2; ++i)
           ds[i] = pack<T>(p[2 * i] * (dp[2 * i] - delta[i % 2]),
                           p[2 * i + 1] * (dp[2 * i + 1] - delta[i % 2]));
-        issue_gradient(dq, ds, shared_address(shared_.k[k_stage]));
+        issue_from_registers<T, Traits::kHeadDim, Traits::kBlockN, Traits::kKeyPanelBytes>(
+            dq, ds, shared_address(shared_.k[k_stage]));
         wgmma_wait<1>();  // for the next scores: ptxas follows no other product into the next round
       }
       wgmma_wait<0>();
@@ -262,39 +263,15 @@ class DqMathWarpgroup {
       shared_.k_full[stage].wait(step_ / Traits::kKStages & 1);
       clear_neighbours(shared_.k[stage], item, tile * boxes_per_tile_);
     }
-    issue_transposed(s, shared_address(shared_.q), shared_address(shared_.k[stage]));
+    issue_with_queries(s, shared_.q, shared_.k[stage]);
   }
 
-  // D = A B^T: this warpgroup's queries by all keys, over head_dim.
-  __device__ __forceinline__ void issue_transposed(float (&d)[kScores], uint32_t queries,
-                                                   uint32_t keys) {
-    const uint64_t a = operand(queries + warpgroup_ * 64 * 128);
-    const uint64_t b = operand(keys);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      const uint64_t a_k = advance(a, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
-      const uint64_t b_k = advance(b, k / 4 * Traits::kKeyPanelBytes + k % 4 * 32);
-      if (k == 0) {
-        Wgmma<Traits::kBlockN, T>::template ss_first<false>(d, a_k, b_k);
-      } else {
-        Wgmma<Traits::kBlockN, T>::template ss<false, false>(d, a_k, b_k, true);
-      }
-    }
-    wgmma_commit();
-  }
-
-  // dQ += dS K; K is N-major: 16 keys are two groups of 8 rows of 128 bytes.
-  __device__ __forceinline__ void issue_gradient(float (&dq)[kGradients],
-                                                 const uint32_t (&ds)[kScores / 2], uint32_t keys) {
-    const uint64_t b = operand(keys, Traits::kKeyPanelBytes);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < Traits::kBlockN / 16; ++k) {
-      const uint32_t a[4] = {ds[4 * k], ds[4 * k + 1], ds[4 * k + 2], ds[4 * k + 3]};
-      Wgmma<Traits::kHeadDim, T>::template rs<true>(dq, a, advance(b, k * 2048), true);
-    }
-    wgmma_commit();
+  // This warpgroup's queries, Q or dO, by all keys, K or V, over head_dim.
+  __device__ __forceinline__ void issue_with_queries(float (&d)[kScores], const uint8_t* queries,
+                                                     const uint8_t* keys) {
+    issue_transposed<T, Traits::kBlockN, Traits::kHeadDim, Traits::kQueryPanelBytes,
+                     Traits::kKeyPanelBytes>(d, shared_address(queries) + warpgroup_ * 64 * 128,
+                                             shared_address(keys));
   }
 
   // In a packed batch a tile may reach into the next sequence, or into rows of none. Their scores'

@@ -127,8 +127,7 @@ class BwdMathWarpgroup {
     weigh<kEarly, kScores>(s, n, q_stage, masked);
     shared_.dout_full[stage].wait(step_ / Traits::kDoutStages & 1);
     clear_neighbours(shared_.dout[stage], item, shared_.steps[q_stage].p_tile);
-    issue_transposed<Traits>(dp, shared_address(shared_.v), shared_address(shared_.dout[stage]),
-                             warpgroup_);
+    issue_with_keys(dp, shared_.v, shared_.dout[stage]);
     if constexpr (Traits::kAddsDq) {
       if (!first) add_query_gradient(step_ - 1);
     }
@@ -143,7 +142,8 @@ class BwdMathWarpgroup {
     // The next scores as soon as there is room for them, and dV behind them: its A operand is in
     // registers, and shared memory has time for dS, the fence and LSE, which wait long otherwise.
     if constexpr (kTwoTilesFit) issue_scores(s, step_ + 1);
-    issue_value_gradient<Traits>(dv, p, shared_address(shared_.dout[stage]));
+    issue_from_registers<T, Traits::kHeadDim, Traits::kBlockM, Traits::kQueryPanelBytes>(
+        dv, p, shared_address(shared_.dout[stage]));
     wgmma_wait<kTwoTilesFit ? 2 : 1>();
     pin(dp);
     if constexpr (!kTwoTilesFit) read_stats(delta, shared_.delta[stage]);
@@ -238,8 +238,19 @@ class BwdMathWarpgroup {
 
   // S^T = K Q^T of tile `step`.
   __device__ __forceinline__ void issue_scores(float (&s)[kScores], uint32_t step) {
-    issue_transposed<Traits>(s, shared_address(shared_.k),
-                             shared_address(shared_.q[step % Traits::kQStages]), warpgroup_);
+    issue_with_keys(s, shared_.k, shared_.q[step % Traits::kQStages]);
+  }
+
+  // This warpgroup's keys, K or V, by all queries, Q or dO, over head_dim.
+  __device__ __forceinline__ void issue_with_keys(float (&d)[kScores], const uint8_t* keys,
+                                                  const uint8_t* queries) {
+    uint32_t a = shared_address(keys);
+    const uint32_t b = shared_address(queries);
+    // Opaque, or the compiler would compute all descriptors ahead of the branches before this, and
+    // keep them in registers of its own.
+    asm volatile("" : "+r"(a));
+    issue_transposed<T, Traits::kBlockM, Traits::kHeadDim, Traits::kKeyPanelBytes,
+                     Traits::kQueryPanelBytes>(d, a + warpgroup_ * 64 * 128, b);
   }
 
   // Puts a tile's dQ down in shared memory, a warp its own part, when the last one's was read.

@@ -1,5 +1,5 @@
-// The five matrix products of a query tile, as a math warpgroup issues them; each is a group of its
-// own.
+// Matrix products of a math warpgroup, as the backward kernels issue them; each is a group of its
+// own. Operands are addresses in shared memory, of tiles in panels of 64 columns.
 #pragma once
 
 #include "arch/sm90/wgmma.cuh"
@@ -7,46 +7,42 @@
 
 namespace longgen::sm90 {
 
-// D = A B^T over head_dim: the warpgroup's keys, K or V, by all queries, Q or dO.
-template <typename Traits, int kSize>
-__device__ __forceinline__ void issue_transposed(float (&d)[kSize], uint32_t keys, uint32_t queries,
-                                                 int warpgroup) {
-  using Product = Wgmma<Traits::kBlockM, typename Traits::T>;
-  // Opaque, or the compiler would compute all descriptors ahead of the branches before this, and
-  // keep them in registers of its own.
-  asm volatile("" : "+r"(keys));
-  const uint64_t a = operand(keys + warpgroup * 64 * 128);
-  const uint64_t b = operand(queries);
+// D = A B^T over head_dim: 64 rows, the first of them at `a`, by kColumns; a panel of each operand
+// has so many bytes.
+template <typename T, int kColumns, int kHeadDim, uint32_t kPanelA, uint32_t kPanelB>
+__device__ __forceinline__ void issue_transposed(float (&d)[kColumns / 2], uint32_t a, uint32_t b) {
+  const uint64_t row = operand(a);
+  const uint64_t column = operand(b);
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-    const uint64_t a_k = advance(a, k / 4 * Traits::kKeyPanelBytes + k % 4 * 32);
-    const uint64_t b_k = advance(b, k / 4 * Traits::kQueryPanelBytes + k % 4 * 32);
+  for (int k = 0; k < kHeadDim / 16; ++k) {
+    const uint64_t row_k = advance(row, k / 4 * kPanelA + k % 4 * 32);
+    const uint64_t column_k = advance(column, k / 4 * kPanelB + k % 4 * 32);
     if (k == 0) {
-      Product::template ss_first<false>(d, a_k, b_k);
+      Wgmma<kColumns, T>::template ss_first<false>(d, row_k, column_k);
     } else {
-      Product::template ss<false, false>(d, a_k, b_k, true);
+      Wgmma<kColumns, T>::template ss<false, false>(d, row_k, column_k, true);
     }
   }
   wgmma_commit();
 }
 
-// dV += P^T dO, over queries; dO is N-major: 16 queries are two groups of 8 rows of 128 bytes.
-template <typename Traits, int kSize, int kWeights>
-__device__ __forceinline__ void issue_value_gradient(float (&dv)[kSize],
-                                                     const uint32_t (&p)[kWeights], uint32_t dout) {
-  const uint64_t b = operand(dout, Traits::kQueryPanelBytes);
+// D += A B over kRows rows of B, of head_dim columns: A is in registers, B N-major: 16 rows are two
+// groups of 8 of 128 bytes.
+template <typename T, int kHeadDim, int kRows, uint32_t kPanelB>
+__device__ __forceinline__ void issue_from_registers(float (&d)[kHeadDim / 2],
+                                                     const uint32_t (&a)[kRows / 4], uint32_t b) {
+  const uint64_t rows = operand(b, kPanelB);
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < Traits::kBlockM / 16; ++k) {
-    const uint32_t fragment[4] = {p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3]};
-    Wgmma<Traits::kHeadDim, typename Traits::T>::template rs<true>(dv, fragment,
-                                                                   advance(b, k * 2048), true);
+  for (int k = 0; k < kRows / 16; ++k) {
+    const uint32_t fragment[4] = {a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3]};
+    Wgmma<kHeadDim, T>::template rs<true>(d, fragment, advance(rows, k * 2048), true);
   }
   wgmma_commit();
 }
 
-// dK += dS^T Q, likewise; dS, queries by keys, is M-major.
+// dK += dS^T Q over queries; dS, queries by keys, is M-major, Q N-major.
 template <typename Traits, int kSize>
 __device__ __forceinline__ void issue_key_gradient(float (&dk)[kSize], uint32_t ds,
                                                    uint32_t queries, int warpgroup) {
