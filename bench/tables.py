@@ -29,11 +29,11 @@ STRIDED = "window 1024 + every 16th 64-token block, a phase per head"
 
 @dataclass(frozen=True)
 class Table:
-    """Figures of one result file: a row for each case, a column for each peer."""
+    """Figures of result files: a row for each case, a column for each peer."""
 
     name: str
     page: str
-    file: str
+    files: tuple[str, ...]
     corner: str
     """The heading of the first column."""
     quantity: str
@@ -44,6 +44,10 @@ class Table:
     """Cases by their labels."""
     passes: tuple[str, ...] = ("fwd",)
     digits: int = 0
+
+    @property
+    def paths(self) -> list[Path]:
+        return [RESULTS / name for name in self.files]
 
     def markdown(self, figures: Figures) -> str:
         """The table; a cell without a figure is empty. ValueError for a row or column without any."""
@@ -59,7 +63,7 @@ class Table:
             lines.append("|".join(["", *(f" {cell} " if cell else " " for cell in (label, *cells)), ""]))
         empty = {*self.columns.values(), *self.rows.values()} - filled
         if empty:
-            raise ValueError(f"table {self.name}: {self.file} has no figure for {', '.join(sorted(empty))}")
+            raise ValueError(f"table {self.name}, {', '.join(self.files)}: no figure for {', '.join(sorted(empty))}")
         return "\n".join(lines)
 
     def panels(self, figures: Figures) -> dict[str, pictures.Bars]:
@@ -87,7 +91,7 @@ TABLES = (
     Table(
         name="forward",
         page="README.md",
-        file="h200-attention-fwd.json",
+        files=("h200-attention-fwd.json",),
         corner="forward",
         quantity="useful TFLOP/s",
         columns={"Hopper kernel": "cuda", "FlexAttention": "flex", "cuDNN, dense causal": "cudnn"},
@@ -96,7 +100,7 @@ TABLES = (
     Table(
         name="backward",
         page="README.md",
-        file="h200-attention-bwd.json",
+        files=("h200-attention-bwd.json",),
         corner="backward",
         quantity="useful TFLOP/s",
         columns={"Hopper kernel": "cuda", "cuDNN, dense causal": "cudnn"},
@@ -106,7 +110,7 @@ TABLES = (
     Table(
         name="triton",
         page="README.md",
-        file="h200-triton-attention.json",
+        files=("h200-triton-attention.json",),
         corner="forward / backward",
         quantity="useful TFLOP/s",
         columns={"Triton kernels": "triton", "FlexAttention": "flex", "cuDNN, dense causal": "cudnn"},
@@ -123,7 +127,7 @@ TABLES = (
     Table(
         name="decode",
         page="docs/kv-cache.md",
-        file="h200-decode.json",
+        files=("h200-decode.json",),
         corner="keys kept, KV heads",
         quantity="microseconds a layer",
         columns={
@@ -146,19 +150,29 @@ TABLES = (
     Table(
         name="model",
         page="README.md",
-        file="h200-end-to-end.json",
+        files=("h200-end-to-end.json", "h200-end-to-end-train.json"),
         corner="Llama-2-7B, 128K tokens",
         quantity="",
         columns={"hybrid": "hybrid", "dense, cuDNN": "dense"},
-        rows={"reading the prompt, s": "prefill", "a token behind it, ms": "decode", "KV cache, GiB": "cache"},
+        rows={
+            "reading the prompt, s": "prefill",
+            "a token behind it, ms": "decode",
+            "KV cache, GiB": "cache",
+            "training step, forward and backward, s": "train",
+        },
         passes=("model",),
         digits=1,
     ),
 )
 
 
-def figures_of(path: Path) -> Figures:
-    """What tables show of a file: of `bench.run` TFLOP/s of the passes, of `bench.decode` microseconds of the steps."""
+def figures_of(*paths: Path) -> Figures:
+    """What tables show of these files together."""
+    return {case: figure for path in paths for case, figure in figures_of_file(path).items()}
+
+
+def figures_of_file(path: Path) -> Figures:
+    """Of `bench.run` TFLOP/s of the passes, of `bench.decode` microseconds of the steps."""
     data = json.loads(path.read_text())
     if "transformers" in data:
         return figures_of_models(data["records"])
@@ -169,7 +183,7 @@ def figures_of(path: Path) -> Figures:
 
 
 def figures_of_models(records: Sequence[Mapping[str, Any]]) -> Figures:
-    """Seconds of a prompt, milliseconds of a token by CUDA graph, GiB of the cache by the allocator."""
+    """Seconds of a prompt and of a training step, milliseconds of a token by CUDA graph, GiB of the allocated cache."""
     figures: dict[tuple[str, str, str], float] = {}
     for record in records:
         peer = record["peer"]
@@ -178,6 +192,8 @@ def figures_of_models(records: Sequence[Mapping[str, Any]]) -> Figures:
             figures["cache", peer, "model"] = record["kv_allocated_bytes"] / (1 << 30)
         elif record["part"] == "decode":
             figures["decode", peer, "model"] = record["median_graph_ms"]
+        elif record["part"] == "train":
+            figures["train", peer, "model"] = record["median_s"]
     return figures
 
 
@@ -200,7 +216,7 @@ def tables() -> dict[str, dict[str, str]]:
     """The markdown of every table, by page and name."""
     written: dict[str, dict[str, str]] = {"docs/kv-cache.md": {"slots": slots_table()}}
     for table in TABLES:
-        written.setdefault(table.page, {})[table.name] = table.markdown(figures_of(RESULTS / table.file))
+        written.setdefault(table.page, {})[table.name] = table.markdown(figures_of(*table.paths))
     return written
 
 
@@ -220,7 +236,7 @@ def drawings() -> list[pictures.Picture]:
     """Every picture: the diagrams, and the tables' figures as bars."""
     drawn = [pictures.of_patterns(), *diagrams.drawings()]
     for table in (table for table in TABLES if table.quantity):
-        figures = figures_of(RESULTS / table.file)
+        figures = figures_of(*table.paths)
         drawn.append(pictures.of_bars(table.name, table.quantity, table.panels(figures), table.markdown(figures)))
     return drawn
 

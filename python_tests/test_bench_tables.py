@@ -70,7 +70,7 @@ def test_another_figure_is_another_table_and_picture(tmp_path: Path) -> None:
 
 
 def test_a_table_without_figures_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"h200-attention-fwd\.json has no figure for .*cuda, cudnn, flex"):
+    with pytest.raises(ValueError, match=r"h200-attention-fwd\.json: no figure for .*cuda, cudnn, flex"):
         tables.TABLES[0].markdown({})
 
 
