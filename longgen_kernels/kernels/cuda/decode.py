@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ _FP8_HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16  # query heads of a KV head
 _CHUNKS_A_SPLIT = 4  # of 16 slots, at least
 _MAX_CLUSTER = 8  # thread blocks
+_SMALL_HEAD_DIM = 128  # of small blocks, at most
 _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
 
 
@@ -92,7 +93,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    splits, clustered = _splits(cache, blocks, multiprocessors(q.device), bulk)
+    splits, clustered, small = _division(cache, blocks, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     if splits > 1 and not clustered:
         part_weights = torch.empty(blocks * splits * rows * 2, dtype=torch.float32, device=q.device)
@@ -104,27 +105,36 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(),
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
-        splits, hopper, bulk, clustered, address(part_out), address(part_weights), current_stream(q),
+        splits, hopper, bulk, clustered, small, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):
         _C.attn_decode(*arguments)
     return out, lse
 
 
-def _splits(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> tuple[int, bool]:
-    """Into how many splits a sequence is divided, and whether they are a cluster.
+class _Division(NamedTuple):
+    splits: int  # of a sequence
+    clustered: bool  # whether they are a cluster
+    small_blocks: bool  # whether blocks are small, so that a multiprocessor holds several
+
+
+def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> _Division:
+    """How the work is divided.
 
     Depends on sizes alone, not on lengths: a CUDA graph is replayed while the cache grows. A block fills a
-    multiprocessor. A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit
-    on all multiprocessors: on half of them they do, which is enough to read what is short.
+    multiprocessor; where there are more than one for each, small ones do not need splits to share out the work evenly.
+    A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit on all
+    multiprocessors: on half of them they do, which is enough to read what is short.
     """
+    if bulk and 2 * blocks >= 3 * multiprocessors and cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8:
+        return _Division(1, False, True)
     most = max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT)  # a split of a few chunks is not worth its part in the merge
     if bulk:
         cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
         nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()
         if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
-            return cluster, True
-    return num_splits(blocks, most, multiprocessors), False
+            return _Division(cluster, True, False)
+    return _Division(num_splits(blocks, most, multiprocessors), False, False)
 
 
 def _has_slots(cache: CacheTensors) -> bool:
