@@ -79,8 +79,9 @@ struct AttentionFwdParams {
   const int32_t* q_starts;  // (batch,), or nullptr: suffix-aligned
   const int32_t* k_starts;  // (batch,), or nullptr: 0
   // Or k and v are pools (pages, page_size, kv_heads, head_dim), page_size a power of two; key row
-  // r of sequence b is in page block_table[b, r / page_size]. Then packed, and cu_seqlens_k says
-  // only how many keys there are. Without: block_table nullptr, and the sizes mean nothing.
+  // r of sequence b is in page block_table[b, r / page_size]. Where no sequence has more than one
+  // page, any page_size from 16 on. Then packed, and cu_seqlens_k says only how many keys there
+  // are. Without: block_table nullptr, and the sizes mean nothing.
   const int32_t* block_table;  // (batch, table_pages)
   int32_t pages, page_size, table_pages;
   cudaStream_t stream;
@@ -209,8 +210,8 @@ struct DecodeParams {
   int32_t splits;
   // On Hopper: whether the kernel may start before the one ahead of it has ended; whether it copies
   // in bulk, where chunks are neighbouring slots; and then, whether the splits (up to 8) are a
-  // cluster.
-  int32_t starts_early, bulk, clustered;
+  // cluster, or else blocks are to be small, where that is possible.
+  int32_t starts_early, bulk, clustered, small_blocks;
   // Results of the splits, or nullptr where there is one or they are clustered: (batch, kv_heads,
   // row tiles, splits, rows of a tile, head_dim), and 2 in place of the last dimension.
   float* part_out;

@@ -79,6 +79,7 @@ def attn_decode(
     starts_early: bool,
     bulk: bool,
     clustered: bool,
+    small_blocks: bool,
     part_out: int,
     part_weights: int,
     stream: int,

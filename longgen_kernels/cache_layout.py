@@ -62,8 +62,13 @@ class CacheLayout:
 
     @property
     def is_compact(self) -> bool:
-        """False where each token's slot is its position."""
+        """Whether permanent tokens have slots by rank, behind a ring, which may have none."""
         return self.ring is not None
+
+    @property
+    def keeps_everything(self) -> bool:
+        """True where each token's slot is its position: nothing is ever overwritten."""
+        return self.ring is None or self.pattern.is_dense
 
     @property
     def window_tokens(self) -> int:

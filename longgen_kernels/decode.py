@@ -137,8 +137,8 @@ def longgen_attn_with_kvcache(
         else:
             cache.reserve(n)
             tensors = cache.tensors  # it may have grown
-            if n <= MAX_QUERY_TOKENS:
-                problem = CacheProblem(q, tensors, scale, 0, NewTokens(k, v, counts))
+            problem = CacheProblem(q, tensors, scale, 0, NewTokens(k, v, counts))
+            if n <= MAX_QUERY_TOKENS or (not cache.is_empty and kvcache_ops.runs_in_one_pass(problem, backend)):
                 out, lse = kvcache_ops.attend(problem, backend)
                 cache.advanced(n, None if counts is None else 0)
             else:
@@ -159,6 +159,9 @@ def explain_kvcache_attention(
     pattern: AttentionPattern | None = None,
 ) -> dict[str, str | None]:
     """For each backend None, where it can attend with q to the cache, or the reason why it cannot. Nothing runs.
+
+    `backend="auto"` takes the first with None in the order cuda, triton (on a GPU) or reference (on the CPU). A chunk
+    of more than 16 queries, but too few to occupy half of a GPU in tiles of 128, asks triton before cuda.
 
     >>> cache = torch.empty(1, 128, 2, 64), torch.empty(1, 128, 2, 64)
     >>> lengths = torch.tensor([100], dtype=torch.int32)

@@ -30,7 +30,12 @@ def check_backend_name(backend: str) -> None:
 
 
 def choose(
-    requested: str, candidates: Mapping[str, Support[Problem]], problem: Problem, what: str, device_type: str
+    requested: str,
+    candidates: Mapping[str, Support[Problem]],
+    problem: Problem,
+    what: str,
+    device_type: str,
+    last: tuple[str, ...] = (),
 ) -> str:
     """Returns the name of the backend that runs a call.
 
@@ -41,6 +46,7 @@ def choose(
         problem: what they are asked about.
         what: the operation's name, for the messages.
         device_type: `tensor.device.type` of the arguments.
+        last: backends that "auto" asks after the others, as they would be slower at this problem.
 
     Raises:
         ValueError: there is no backend of the requested name.
@@ -60,6 +66,8 @@ def choose(
             requested, asked_by = override, f"{ENV_BACKEND}={override}"
 
     order = _auto_order(device_type) if requested == "auto" else (requested,)
+    if last:
+        order = tuple(sorted(order, key=last.__contains__))
     reasons = {}
     for name in order:
         reason = _why_not(name, candidates, problem, what, device_type)

@@ -262,6 +262,8 @@ def finetune(args: argparse.Namespace) -> dict[str, float]:
         trainer.state.save_to_json(str(out / "final" / "trainer_state.json"))
         plot_losses(trainer.state.log_history, held_out.bytes_per_token, out / "loss.png")
         print(f"{metrics[BITS_PER_BYTE]:.3f} bits per byte on held-out text; {out}/loss.png, checkpoint in {out}/final")
+        if training.device.type == "cuda":
+            print(f"{torch.cuda.max_memory_allocated(training.device) / (1 << 30):.1f} GiB of GPU memory at most")
     return metrics
 
 

@@ -14,26 +14,28 @@ from longgen_kernels.cache_layout import CacheLayout
 from longgen_kernels.kernels.cache_problem import CacheTensors
 from longgen_kernels.kernels.cuda import decode
 
-WAYS: dict[str, tuple[bool, int, bool]] = {  # through shared memory, splits, as a cluster
-    "one split": (True, 1, False),
-    "a cluster of two": (True, 2, True),
-    "a cluster of three": (True, 3, True),
-    "a cluster of eight": (True, 8, True),
-    "through memory": (True, 5, False),
-    "through memory, more splits than are read at once": (True, 37, False),
-    "to registers": (False, 1, False),
-    "to registers, through memory": (False, 6, False),
+WAYS: dict[str, tuple[bool, int, bool, bool]] = {  # through shared memory; splits, as a cluster, small blocks
+    "one split": (True, 1, False, False),
+    "a cluster of two": (True, 2, True, False),
+    "a cluster of three": (True, 3, True, False),
+    "a cluster of eight": (True, 8, True, False),
+    "through memory": (True, 5, False, False),
+    "through memory, more splits than are read at once": (True, 37, False, False),
+    "small blocks": (True, 1, False, True),
+    "small blocks, through memory": (True, 4, False, True),
+    "to registers": (False, 1, False, False),
+    "to registers, through memory": (False, 6, False, False),
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
 
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bulk, splits, clustered = WAYS[way]
+    bulk, *division = WAYS[way]
     if bulk and not decode._runs_hopper_code(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("Hopper's own kernel")
     if not bulk:
         monkeypatch.setattr(decode, "_runs_hopper_code", lambda _: False)
-    monkeypatch.setattr(decode, "_splits", lambda *_: (splits, clustered))
+    monkeypatch.setattr(decode, "_division", lambda *_: decode._Division(*division))
 
 
 @pytest.mark.gpu
@@ -109,21 +111,23 @@ def cache_of(kv_heads: int, slots: int, head_dim: int = 128) -> CacheTensors:
 @pytest.mark.parametrize(
     ("kv_heads", "slots", "want"),
     [
-        (8, 2064, (8, True)),
-        (32, 2064, (2, True)),
-        (16, 2064, (4, True)),
-        (1, 2064, (8, True)),
-        (32, 9232, (4, False)),
-        (8, 131072, (16, False)),
-        (256, 2064, (1, False)),
-        (64, 64, (1, False)),
+        (8, 2064, (8, True, False)),
+        (32, 2064, (2, True, False)),
+        (16, 2064, (4, True, False)),
+        (1, 2064, (8, True, False)),
+        (32, 9232, (4, False, False)),
+        (8, 131072, (16, False, False)),
+        (256, 2064, (1, False, True)),
+        (197, 2064, (2, False, False)),
+        (198, 2064, (1, False, True)),
+        (64, 64, (1, False, False)),
     ],
 )
-def test_short_caches_are_split_into_clusters(kv_heads: int, slots: int, want: tuple[int, bool]) -> None:
-    """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all."""
-    assert decode._splits(cache_of(kv_heads, slots), kv_heads, 132, True) == want
-    splits, clustered = decode._splits(cache_of(kv_heads, slots), kv_heads, 132, False)
-    assert not clustered
+def test_how_work_is_divided(kv_heads: int, slots: int, want: tuple[int, bool, bool]) -> None:
+    """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all, small blocks for many tiles."""
+    assert decode._division(cache_of(kv_heads, slots), kv_heads, 132, True) == want
+    splits, clustered, small = decode._division(cache_of(kv_heads, slots), kv_heads, 132, False)
+    assert not clustered and not small
     assert splits * kv_heads <= max(132, kv_heads) * 2
 
 

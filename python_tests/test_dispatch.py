@@ -33,6 +33,13 @@ def test_auto_takes_the_first_kernel_that_can(device, cuda, triton, chosen) -> N
     assert choose("auto", candidates, "problem", "merge", device) == chosen
 
 
+@pytest.mark.parametrize(("triton", "chosen"), [(can, "triton"), (cannot, "cuda")])
+def test_auto_asks_those_last_that_are_slower_here(triton, chosen) -> None:
+    candidates = {"cuda": can, "triton": triton, "reference": never_asked}
+    assert choose("auto", candidates, "problem", "x", "cuda", last=("cuda",)) == chosen
+    assert choose("cuda", candidates, "problem", "x", "cuda", last=("cuda",)) == "cuda"
+
+
 def test_auto_on_the_cpu_is_the_reference() -> None:
     candidates = {"cuda": never_asked, "triton": never_asked, "reference": can}
     assert choose("auto", candidates, "problem", "x", "cpu") == "reference"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longgen_kernels.cache_layout import MAX_QUERY_TOKENS, CacheLayout
-from longgen_kernels.kernels.problem import DTYPES
+from longgen_kernels.kernels.problem import DTYPES, AttentionProblem
 
 
 class CacheTensors(NamedTuple):
@@ -162,6 +162,27 @@ def keys_end(cache: CacheTensors, new: NewTokens | None) -> Tensor:
     if new is not None:
         end = end + (new.n if new.counts is None else new.counts.long().clamp(0, new.n))
     return end
+
+
+def as_attention(problem: CacheProblem) -> AttentionProblem:
+    """The same problem as attention of a packed batch to keys in pages; for a layout that keeps everything.
+
+    Its lengths are copies of those that the cache has now, on the device: it is made before the new tokens are
+    appended, and runs afterwards. Without a block table all slots of a sequence, however many, are its one page.
+    """
+    q, cache = problem.q, problem.cache
+    batch, n = q.shape[:2]
+    table = cache.block_table
+    if table is None:
+        table = torch.arange(batch, dtype=torch.int32, device=q.device)[:, None]
+    ends = keys_end(cache, problem.new).clamp(max=cache.slots)  # tokens past the memory are dropped
+    return AttentionProblem(
+        q.flatten(0, 1), cache.k.transpose(1, 2), cache.v.transpose(1, 2), cache.layout.pattern, problem.softmax_scale,
+        cu_seqlens_q=torch.arange(0, (batch + 1) * n, n, dtype=torch.int32, device=q.device),
+        cu_seqlens_k=torch.nn.functional.pad(ends.cumsum(0), (1, 0)).int(),
+        q_starts=cache.seqlens + problem.q_offset,
+        block_table=table,
+    )  # fmt: skip
 
 
 @lru_cache

@@ -38,6 +38,18 @@ lib.define(f"kvcache_append({_WRITTEN}, {_NEW}, {_REST}) -> ()")
 lib.define(f"kvcache_append_attn(Tensor q, {_WRITTEN}, {_NEW}, float softmax_scale, {_REST}) -> (Tensor, Tensor)")
 
 
+def runs_in_one_pass(problem: CacheProblem, backend: str) -> bool:
+    """Whether a chunk is best appended first, so that it finds all of its keys in the cache.
+
+    Only a cache that keeps everything allows it, which the CUDA backend knows, and only that backend gains by it: the
+    others attend to the chunk itself faster than to the cache. While something traces, no backend can be asked: which
+    one runs is known later.
+    """
+    q, cache, new = problem.q, problem.cache, problem.new
+    plain = is_plain_eager(q, cache.k, *((new.k, new.v) if new else ()))
+    return plain and _choose(problem, backend) == "cuda"
+
+
 def attend(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
     """Runs a checked problem through its operator, or without it where nobody could tell. No gradients."""
     q, cache, new = problem.q, problem.cache, problem.new
@@ -70,8 +82,13 @@ def _cache(
     return CacheTensors(k, v, seqlens, layout, table, tickets, k_scale, v_scale, dtype)
 
 
+def _choose(problem: CacheProblem, backend: str) -> str:
+    last = ("cuda",) if cuda.leaves_gpu_idle(problem) else ()
+    return dispatch.choose(backend, SUPPORT, problem, "attention to a KV cache", problem.q.device.type, last)
+
+
 def _run(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
-    chosen = dispatch.choose(backend, SUPPORT, problem, "attention to a KV cache", problem.q.device.type)
+    chosen = _choose(problem, backend)
     if problem.q.numel() == 0:
         if problem.new is not None:
             BACKENDS[chosen].cache_append(problem.cache, problem.new)

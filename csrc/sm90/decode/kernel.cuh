@@ -78,7 +78,7 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1)
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     decode_kernel(const __grid_constant__ DecodeParams params,
                   const __grid_constant__ CacheMaps maps) {
   extern __shared__ __align__(1024) char dynamic_shared[];
@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     fence_barrier_init();
   }
   __syncwarp();
-  if (params.clustered) {
+  const bool clustered = Traits::kMaxCluster > 1 && params.clustered;
+  if (clustered) {
     if (threadIdx.x == 0) expect_parts<Traits>(tile, split, params.splits, shared);
     cluster_arrive();
   }
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   };
   rows.store(found(warp));
   __syncthreads();
-  if (params.clustered) {
+  if (clustered) {
     merge_through_cluster<Traits>(params, tile, factors, split, shared, found);
   } else {
     decode::merge_through_memory<Traits>(params, tile, factors, split, found);

@@ -46,13 +46,22 @@ void launch(const DecodeParams& params) {
   LONGGEN_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, params, maps));
 }
 
+template <typename T, typename Cached, int kHeadDim, int kOctets>
+void launch_of_size(const DecodeParams& params) {
+  if constexpr (kHeadDim <= 128 && sizeof(Cached) == 2) {
+    if (params.small_blocks)
+      return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, true>>(params);
+  }
+  launch<DecodeTraits<T, Cached, kHeadDim, kOctets, false>>(params);
+}
+
 template <typename T, typename Cached, int kHeadDim>
 void launch_decode(const DecodeParams& params) {
   if constexpr (kHeadDim <= 128) {
     if (decode_rows_per_tile(params.n * params.group, kHeadDim) == 16)
-      return launch<DecodeTraits<T, Cached, kHeadDim, 2>>(params);
+      return launch_of_size<T, Cached, kHeadDim, 2>(params);
   }
-  launch<DecodeTraits<T, Cached, kHeadDim, 1>>(params);
+  launch_of_size<T, Cached, kHeadDim, 1>(params);
 }
 
 }  // namespace longgen::sm90

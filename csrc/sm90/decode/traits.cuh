@@ -9,18 +9,22 @@
 
 namespace longgen::sm90 {
 
-// T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3.
-template <typename T_, typename Cached_, int kHeadDim_, int kOctets_>
+// T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3. Small
+// blocks are for where there are more tiles than multiprocessors, which hold three of them: one
+// reads while another begins or ends.
+template <typename T_, typename Cached_, int kHeadDim_, int kOctets_, bool kSmall_>
 struct DecodeTraits {
   using T = T_;
   using Cached = Cached_;
   static constexpr int kBytes = sizeof(Cached);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kOctets = kOctets_;
-  static constexpr int kRows = 8 * kOctets;  // of the query: tokens times heads of a group
-  static constexpr int kWarps = kHeadDim <= 128 ? 8 : 4;
+  static constexpr bool kSmall = kSmall_;
+  static constexpr int kBlocks = kSmall ? 3 : 1;  // of a multiprocessor
+  static constexpr int kRows = 8 * kOctets;       // of the query: tokens times heads of a group
+  static constexpr int kWarps = kHeadDim <= 128 && !kSmall ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kMaxCluster = 8;  // blocks
+  static constexpr int kMaxCluster = kSmall ? 1 : 8;  // blocks
 
   // A chunk's keys, and its values, are copied in boxes of 16 rows of 128 bytes, or 64 where a row
   // has no more, and swizzled over that; of head_dim 96 the last is half zeros.
@@ -32,7 +36,7 @@ struct DecodeTraits {
   static constexpr int kStageBytes = 2 * kHalfBytes;
   // 128 KB on their way in a multiprocessor: less leaves memory idle, more makes what a block waits
   // for first arrive later.
-  static constexpr int kStages = 128 * 1024 / (kWarps * kStageBytes);
+  static constexpr int kStages = (kSmall ? 64 : 128) * 1024 / (kWarps * kStageBytes);
 
   // 16 bytes of the swizzled rows that eight neighbouring lanes read lie in different banks, but
   // for the odd load of head_dim 96. In e4m3 they are those of two loads, i and i + 1.
@@ -52,14 +56,14 @@ struct DecodeTraits {
     Inputs inputs;
     // (block, pair of this block's slice): slices are powers of 2, and together less than twice the
     // power of 2 that holds all pairs.
-    float2 part_out[kRows * kBoxes * kBoxElements];
+    float2 part_out[kMaxCluster == 1 ? 1 : kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
     Mbarrier full[kWarps][kStages][2];  // of keys, of values
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kBytes == 2 || kHeadDim % 64 == 0, "four lanes read 16 bytes of a key each");
-  static_assert(kSharedBytes <= 227 * 1024, "a multiprocessor has no more");
+  static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024, "a multiprocessor has no more");
   static_assert(sizeof(Found) <= kStages * kStageBytes, "it takes the ring's place");
 };
 

@@ -7,6 +7,7 @@ from longgen_kernels.kernels.cuda.decode import (
     cache_attention_unsupported,
     cache_attn,
     cache_unsupported,
+    leaves_gpu_idle,
 )
 from longgen_kernels.kernels.cuda.extension import available, build_info
 from longgen_kernels.kernels.cuda.merge import merge_attn_states, merge_attn_states_bwd, merge_unsupported
@@ -22,6 +23,7 @@ __all__ = [
     "cache_attention_unsupported",
     "cache_attn",
     "cache_unsupported",
+    "leaves_gpu_idle",
     "merge_attn_states",
     "merge_attn_states_bwd",
     "merge_unsupported",

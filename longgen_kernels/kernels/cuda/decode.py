@@ -1,9 +1,9 @@
-"""Launches the kernels of csrc/decode."""
+"""Launches the kernels of csrc/decode. More query tokens than they take go to the forward kernel of csrc/sm90/fwd."""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,19 +13,25 @@ from longgen_kernels.kernels.cache_problem import (
     CacheProblem,
     CacheTensors,
     NewTokens,
+    as_attention,
     max_tiles,
     multiprocessors,
     num_splits,
     tickets_needed,
 )
 from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current_stream, has_aligned_rows, on_device
+from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd
 from longgen_kernels.kernels.cuda.extension import available
+from longgen_kernels.kernels.problem import AttentionProblem
+from longgen_kernels.patterns import MAX_POSITION
 
 _HEAD_DIMS = (64, 96, 128, 256)
 _FP8_HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16  # query heads of a KV head
 _CHUNKS_A_SPLIT = 4  # of 16 slots, at least
 _MAX_CLUSTER = 8  # thread blocks
+_SMALL_HEAD_DIM = 128  # of small blocks, at most
+_QUERY_TILE = 128  # rows, of the forward kernel
 _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
 
 
@@ -54,16 +60,46 @@ def cache_unsupported(cache: CacheTensors) -> str | None:
 
 def cache_attention_unsupported(problem: CacheProblem) -> str | None:
     """None if the kernels can attend to the problem's cache, otherwise the reason."""
-    if problem.n > MAX_QUERY_TOKENS:
-        return f"takes up to {MAX_QUERY_TOKENS} query tokens, got {problem.n}"
-    if problem.group > _MAX_GROUP:
-        return f"takes up to {_MAX_GROUP} query heads a KV head, got {problem.group}"
     if problem.new is not None and problem.new.n != problem.n:
         return f"takes as many new tokens as queries, got {problem.new.n} and {problem.n}"
+    if problem.n > MAX_QUERY_TOKENS:
+        return _chunk_unsupported(problem)
+    if problem.group > _MAX_GROUP:
+        return f"takes up to {_MAX_GROUP} query heads a KV head, got {problem.group}"
     reason = cache_unsupported(problem.cache)
     if reason is None and problem.cache.is_fp8 and not _runs_hopper_code(problem.q.device):
         return "attends to fp8 caches on Hopper (90a) only"
     return reason
+
+
+def _chunk_unsupported(problem: CacheProblem) -> str | None:
+    """Why the forward kernel cannot read the cache's keys with a chunk of queries, or None."""
+    cache, most = problem.cache, f"takes up to {MAX_QUERY_TOKENS} query tokens"
+    if not cache.layout.keeps_everything:
+        return f"{most} of a cache that drops tokens, got {problem.n}"
+    if cache.is_fp8:
+        return f"{most} of an fp8 cache, got {problem.n}"
+    # The keys of all sequences are counted in 32 bits.
+    if cache.page_size < GRANULE or cache.batch * cache.slots > MAX_POSITION:
+        return f"{most} of {cache.batch} sequences of {cache.slots} slots, got {problem.n}"
+    reason = cache_unsupported(cache)
+    if reason is not None:
+        return reason
+    # Not `as_attention`, which computes on the device: to be asked about, queries and keys need not be packed.
+    k, v, table = cache.k.transpose(1, 2), cache.v.transpose(1, 2), cache.block_table
+    pattern, scale = cache.layout.pattern, problem.softmax_scale
+    return attention_unsupported(AttentionProblem(problem.q, k, v, pattern, scale, block_table=table))
+
+
+def leaves_gpu_idle(problem: CacheProblem) -> bool:
+    """Whether a chunk has too few query tiles for the forward kernel, which does not split a sequence's keys.
+
+    Triton's cache kernel does, and with all multiprocessors achieves about what this one does with half of them.
+    """
+    if problem.n <= MAX_QUERY_TOKENS:
+        return False
+    full_tiles = problem.n // _QUERY_TILE * problem.q_heads * problem.cache.batch
+    return 2 * full_tiles < multiprocessors(problem.q.device)
 
 
 def cache_append(cache: CacheTensors, new: NewTokens) -> None:
@@ -78,7 +114,12 @@ def cache_append(cache: CacheTensors, new: NewTokens) -> None:
 
 
 def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
-    """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`), the new tokens appended first, in one launch."""
+    """Output (like q, contiguous) and LSE (fp32, `problem.lse_shape`), the new tokens appended first.
+
+    One launch, but for chunks of more tokens than the decode kernels take.
+    """
+    if problem.n > MAX_QUERY_TOKENS:
+        return _chunk_attn(problem)
     from longgen_kernels import _C
 
     q, cache, new = problem.q, problem.cache, problem.new
@@ -92,7 +133,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    splits, clustered = _splits(cache, blocks, multiprocessors(q.device), bulk)
+    splits, clustered, small = _division(cache, blocks, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     if splits > 1 and not clustered:
         part_weights = torch.empty(blocks * splits * rows * 2, dtype=torch.float32, device=q.device)
@@ -104,27 +145,46 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(),
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
-        splits, hopper, bulk, clustered, address(part_out), address(part_weights), current_stream(q),
+        splits, hopper, bulk, clustered, small, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):
         _C.attn_decode(*arguments)
     return out, lse
 
 
-def _splits(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> tuple[int, bool]:
-    """Into how many splits a sequence is divided, and whether they are a cluster.
+def _chunk_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
+    """Appends, and attends to all keys in one pass of the forward kernel."""
+    attention = as_attention(problem)  # with the lengths as they are now
+    if problem.new is not None:
+        cache_append(problem.cache, problem.new)
+    out, lse = attn_fwd(attention)
+    packed = problem.q.shape[:2]
+    return out.unflatten(0, packed), lse.unflatten(1, packed).transpose(0, 1).contiguous()
+
+
+class _Division(NamedTuple):
+    splits: int  # of a sequence
+    clustered: bool  # whether they are a cluster
+    small_blocks: bool  # whether blocks are small, so that a multiprocessor holds several
+
+
+def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> _Division:
+    """How the work is divided.
 
     Depends on sizes alone, not on lengths: a CUDA graph is replayed while the cache grows. A block fills a
-    multiprocessor. A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit
-    on all multiprocessors: on half of them they do, which is enough to read what is short.
+    multiprocessor; where there are more than one for each, small ones do not need splits to share out the work evenly.
+    A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit on all
+    multiprocessors: on half of them they do, which is enough to read what is short.
     """
+    if bulk and 2 * blocks >= 3 * multiprocessors and cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8:
+        return _Division(1, False, True)
     most = max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT)  # a split of a few chunks is not worth its part in the merge
     if bulk:
         cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
         nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()
         if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
-            return cluster, True
-    return num_splits(blocks, most, multiprocessors), False
+            return _Division(cluster, True, False)
+    return _Division(num_splits(blocks, most, multiprocessors), False, False)
 
 
 def _has_slots(cache: CacheTensors) -> bool:
