@@ -143,8 +143,10 @@ def test_a_prompt_in_random_chunks_is_one_prompt(group: int, kernel: Kernel, pas
     ends = sorted({0, total, *torch.randint(17, total - 17, (6,)).tolist()})
     q, k, v = new_tokens(model, total, group * model.kv_heads)
     cache = sparse_cache(model, poison)
+    # Up to 16 tokens are another kernel's, which has a limit of heads a KV head.
     parts = [longgen_attn_with_kvcache(q[:, a:b], cache, k[:, a:b], v[:, a:b], return_lse=True,
-                                       backend=backend_of(kernel)) for a, b in pairwise(ends)]  # fmt: skip
+                                       backend=backend_of(kernel) if b - a > 16 else "auto")
+             for a, b in pairwise(ends)]  # fmt: skip
     got = torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
     assert_close(got, longgen_attn_func(q.float(), k.float(), v.float(), CAUSAL, return_lse=True, backend="reference"))
     if kernel[0] == "cuda":
