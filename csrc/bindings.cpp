@@ -313,7 +313,8 @@ PYBIND11_MODULE(_C, m) {
            Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
            Address tickets, int n, int q_heads, int q_offset, float softmax_scale, Address q,
            const Strides& q_strides, Address out, Address lse, int splits, bool starts_early,
-           bool bulk, bool clustered, bool small_blocks, Address part_out, Address part_weights, Address stream) {
+           bool bulk, bool clustered, bool small_blocks, Address part_out, Address part_weights,
+           Address stream) {
           DecodeParams params{};
           params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
                                       pages, log2_page, pool_pages, dtype, k_cache, v_cache,

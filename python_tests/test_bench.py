@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -139,6 +140,23 @@ def test_timing_reports_median_and_quartiles() -> None:
 def test_repeats_follow_the_time_budget() -> None:
     effort = Effort(budget_s=0.3, min_repeats=5, max_repeats=100)
     assert [effort.repeats(seconds) for seconds in (1.0, 0.01, 0.0)] == [5, 30, 100]
+
+
+def test_warm_ups_end_after_their_count_and_their_time() -> None:
+    durations: list[float] = []
+
+    def call() -> Tensor:
+        start = time.perf_counter()
+        time.sleep(0.004)
+        durations.append(time.perf_counter() - start)
+        return torch.zeros(1)
+
+    measure(call, CPU, Effort(budget_s=0.0, warmups=2, warmup_s=0.02, min_repeats=2))
+    warm = durations[:-2]
+    assert len(warm) >= 2 and sum(warm[:-1]) < 0.02 < sum(warm) + 1e-3
+    durations.clear()
+    measure(call, CPU, Effort(budget_s=0.0, warmups=3, min_repeats=2))
+    assert len(durations) == 3 + 2
 
 
 def test_results_are_poisoned_before_the_timed_runs() -> None:

@@ -271,7 +271,8 @@ def test_hopper_deterministic_dq_overlaps_arithmetic_with_matrix_products() -> N
 def test_hopper_decode_copies_in_bulk_and_merges_in_clusters() -> None:
     """Chunks come as boxes, no local memory; parts go to other blocks without a fence of the whole GPU before them."""
     kernels = [text for text in hopper_kernels("decode_kernel") if "CacheMaps" in name_of(text)]
-    # Two types, four head_dims, 8 or 16 rows up to head_dim 128; of fp8 caches two head_dims; small blocks of three.
+    # Two types, four head_dims, 8 or 16 rows up to head_dim 128; of fp8 caches two head_dims; small blocks of the
+    # three up to 128, not of fp8 caches.
     small = [text for text in kernels if "Lb1E" in name_of(text)]
     assert (len(kernels), len(small)) == (14 + 8 + 12, 12)
     for text in kernels:

@@ -108,27 +108,33 @@ def cache_of(kv_heads: int, slots: int, head_dim: int = 128) -> CacheTensors:
     return CacheTensors(k, k, torch.zeros(1, dtype=torch.int32, device="meta"), layout)
 
 
+CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (decode._Division(splits, clustered=True) for splits in (2, 4, 8))
+SMALL_AT_ONCE, SMALL_IN_TURN = (decode._Division(1, small_blocks=True, starts_early=early) for early in (False, True))
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "slots", "want"),
     [
-        (8, 2064, (8, True, False)),
-        (32, 2064, (2, True, False)),
-        (16, 2064, (4, True, False)),
-        (1, 2064, (8, True, False)),
-        (32, 9232, (4, False, False)),
-        (8, 131072, (16, False, False)),
-        (256, 2064, (1, False, True)),
-        (197, 2064, (2, False, False)),
-        (198, 2064, (1, False, True)),
-        (64, 64, (1, False, False)),
+        (8, 2064, CLUSTER_OF_8),
+        (32, 2064, CLUSTER_OF_2),
+        (16, 2064, CLUSTER_OF_4),
+        (1, 2064, CLUSTER_OF_8),
+        (32, 9232, decode._Division(4)),
+        (8, 131072, decode._Division(16)),
+        (64, 64, decode._Division(1)),
+        (132, 9232, decode._Division(1)),
+        (198, 9232, decode._Division(2)),  # small blocks would fill 3/4 of their places
+        (256, 2064, SMALL_AT_ONCE),
+        (264, 9232, SMALL_AT_ONCE),
+        (512, 9232, SMALL_IN_TURN),
     ],
 )
-def test_how_work_is_divided(kv_heads: int, slots: int, want: tuple[int, bool, bool]) -> None:
+def test_how_work_is_divided(kv_heads: int, slots: int, want: decode._Division) -> None:
     """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all, small blocks for many tiles."""
     assert decode._division(cache_of(kv_heads, slots), kv_heads, 132, True) == want
-    splits, clustered, small = decode._division(cache_of(kv_heads, slots), kv_heads, 132, False)
-    assert not clustered and not small
-    assert splits * kv_heads <= max(132, kv_heads) * 2
+    division = decode._division(cache_of(kv_heads, slots), kv_heads, 132, False)
+    assert division == decode._Division(division.splits)
+    assert division.splits * kv_heads <= max(132, kv_heads) * 2
 
 
 def test_one_tokens_keys_and_values_are_not_copied() -> None:

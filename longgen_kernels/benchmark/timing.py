@@ -35,10 +35,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much time a measurement may take: `budget_s` seconds of repeats after the warm-ups, within the bounds."""
+    """How much time a measurement may take: `budget_s` seconds of repeats after the warm-ups, within the bounds.
+
+    There are at least `warmups` of those, and `warmup_s` seconds of them.
+    """
 
     budget_s: float = 0.3
     warmups: int = 3
+    warmup_s: float = 0.0
     min_repeats: int = 5
     max_repeats: int = 100
     cuda_graph: bool = False
@@ -60,10 +64,11 @@ def measure(call: Callable[[], Result], device: torch.device, effort: Effort | N
     if effort.cuda_graph and device.type == "cuda":
         call()
         call = captured(call)
-    seconds, result = 0.0, None
-    for _ in range(max(1, effort.warmups)):
+    count, warm, seconds, result = 0, 0.0, 0.0, None
+    while count < max(1, effort.warmups) or warm < effort.warmup_s:
         result = None  # freed first, so that every run gets the same memory
         seconds, result = _synchronized_time(call, device)
+        count, warm = count + 1, warm + seconds
     assert result is not None
     poison(result)
     del result

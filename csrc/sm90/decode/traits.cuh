@@ -10,8 +10,8 @@
 namespace longgen::sm90 {
 
 // T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3. Small
-// blocks are for where there are more tiles than multiprocessors, which hold three of them: one
-// reads while another begins or ends.
+// blocks are for where there are more tiles than multiprocessors, which hold two of them: one reads
+// while another begins or ends.
 template <typename T_, typename Cached_, int kHeadDim_, int kOctets_, bool kSmall_>
 struct DecodeTraits {
   using T = T_;
@@ -20,9 +20,9 @@ struct DecodeTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kOctets = kOctets_;
   static constexpr bool kSmall = kSmall_;
-  static constexpr int kBlocks = kSmall ? 3 : 1;  // of a multiprocessor
+  static constexpr int kBlocks = kSmall ? 2 : 1;  // of a multiprocessor
   static constexpr int kRows = 8 * kOctets;       // of the query: tokens times heads of a group
-  static constexpr int kWarps = kHeadDim <= 128 && !kSmall ? 8 : 4;
+  static constexpr int kWarps = kSmall ? 5 : kHeadDim <= 128 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kMaxCluster = kSmall ? 1 : 8;  // blocks
 
@@ -34,9 +34,9 @@ struct DecodeTraits {
   static constexpr int kBoxBytes = kChunk * kRowBytes;
   static constexpr int kHalfBytes = kBoxes * kBoxBytes;  // keys or values
   static constexpr int kStageBytes = 2 * kHalfBytes;
-  // 128 KB on their way in a multiprocessor: less leaves memory idle, more makes what a block waits
-  // for first arrive later.
-  static constexpr int kStages = (kSmall ? 64 : 128) * 1024 / (kWarps * kStageBytes);
+  // 128 KB on their way in a multiprocessor, or 160 in small blocks: less leaves memory idle, more
+  // makes what a block waits for first arrive later.
+  static constexpr int kStages = (kHeadDim <= 128 ? 16 : 32) * 1024 / kStageBytes;
 
   // 16 bytes of the swizzled rows that eight neighbouring lanes read lie in different banks, but
   // for the odd load of head_dim 96. In e4m3 they are those of two loads, i and i + 1.

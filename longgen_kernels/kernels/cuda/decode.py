@@ -30,7 +30,7 @@ _FP8_HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16  # query heads of a KV head
 _CHUNKS_A_SPLIT = 4  # of 16 slots, at least
 _MAX_CLUSTER = 8  # thread blocks
-_SMALL_HEAD_DIM = 128  # of small blocks, at most
+_SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
 _QUERY_TILE = 128  # rows, of the forward kernel
 _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
 
@@ -133,7 +133,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    splits, clustered, small = _division(cache, blocks, multiprocessors(q.device), bulk)
+    splits, clustered, small, early = _division(cache, blocks, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     if splits > 1 and not clustered:
         part_weights = torch.empty(blocks * splits * rows * 2, dtype=torch.float32, device=q.device)
@@ -145,7 +145,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(),
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
-        splits, hopper, bulk, clustered, small, address(part_out), address(part_weights), current_stream(q),
+        splits, hopper and early, bulk, clustered, small, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):
         _C.attn_decode(*arguments)
@@ -164,27 +164,32 @@ def _chunk_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 
 class _Division(NamedTuple):
     splits: int  # of a sequence
-    clustered: bool  # whether they are a cluster
-    small_blocks: bool  # whether blocks are small, so that a multiprocessor holds several
+    clustered: bool = False  # whether they are a cluster
+    small_blocks: bool = False  # whether a multiprocessor holds two
+    starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
 
 
 def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> _Division:
     """How the work is divided.
 
     Depends on sizes alone, not on lengths: a CUDA graph is replayed while the cache grows. A block fills a
-    multiprocessor; where there are more than one for each, small ones do not need splits to share out the work evenly.
-    A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit on all
-    multiprocessors: on half of them they do, which is enough to read what is short.
+    multiprocessor. Where there are more blocks than those and small ones share out the work evenly without splits,
+    small ones read while others begin or end; if all of them run at once, places that the kernel ahead frees one by one
+    suit them less than all together, by what was measured. A cluster merges its splits sooner than blocks that meet in
+    global memory, but clusters do not fit on all multiprocessors: on half of them they do, which is enough to read what
+    is short.
     """
-    if bulk and 2 * blocks >= 3 * multiprocessors and cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8:
-        return _Division(1, False, True)
     most = max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT)  # a split of a few chunks is not worth its part in the merge
     if bulk:
+        at_once = 2 * multiprocessors  # small blocks
+        can_be_small = cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8
+        if can_be_small and blocks > multiprocessors and num_splits(blocks, most, at_once) == 1:
+            return _Division(1, small_blocks=True, starts_early=blocks > at_once)
         cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
         nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()
         if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
-            return _Division(cluster, True, False)
-    return _Division(num_splits(blocks, most, multiprocessors), False, False)
+            return _Division(cluster, clustered=True)
+    return _Division(num_splits(blocks, most, multiprocessors))
 
 
 def _has_slots(cache: CacheTensors) -> bool:
