@@ -262,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     installed = [name for name in PEERS if name != "reference" and absent.get(name) is None]
     peers = args.peers.split(",") if args.peers else installed if on_gpu else ["reference"]
     cases = [QUICK] if args.quick else [CASES[name] for name in args.cases.split(",")]
-    quick = Effort(0.0, warmups=1, min_repeats=3)
-    effort = Effort(args.budget, warmup_s=WARM_UP_S, cuda_graph=True) if on_gpu else quick
+    quick = Effort(budget_s=0.0, warmups=1, min_repeats=3)
+    effort = Effort(budget_s=args.budget, warmup_s=WARM_UP_S, cuda_graph=True) if on_gpu else quick
 
     document: dict[str, Any] = {"machine": machine.describe(device, args.commit), "effort": asdict(effort)}
     records: list[dict[str, Any]] = []

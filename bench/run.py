@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None, peers: dict[str, Peer] | None = None
     why_not = {name: peers[name].available(device) for name in args.peers}
     there = [peers[name] for name in args.peers if why_not[name] is None]
     baseline = args.baseline or next((p.name for name in BASELINES for p in there if p.name == name), None)
-    effort = Effort(args.budget_s, args.warmups, args.min_repeats, cuda_graph=args.cuda_graph)
+    effort = Effort(
+        budget_s=args.budget_s, warmups=args.warmups, min_repeats=args.min_repeats, cuda_graph=args.cuda_graph
+    )
     settings = {
         "argv": _without_out(sys.argv[1:] if argv is None else argv),
         "passes": args.passes,
@@ -112,7 +114,7 @@ def _parse(argv: Sequence[str] | None, peers: dict[str, Peer]) -> argparse.Names
     args.lengths = args.lengths or ([QUICK_LENGTH] if args.quick else list(LENGTHS[:2]))
     args.variants = args.variants or (["tiny"] if args.quick else ["mha"])
     args.peers = args.peers or [name for name in DEFAULT_PEERS[device] if name in peers]
-    effort = Effort(0.0, warmups=1, min_repeats=3) if args.quick else Effort()
+    effort = Effort(budget_s=0.0, warmups=1, min_repeats=3) if args.quick else Effort()
     for name in ("budget_s", "warmups", "min_repeats"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(effort, name))

@@ -179,7 +179,7 @@ def test_a_wrong_kernel_is_not_timed_while_decoding(monkeypatch: pytest.MonkeyPa
         "longgen_attn_with_kvcache",
         lambda *tensors, backend: right(*tensors, backend="reference") * (1.0 if backend == "reference" else 1.01),
     )
-    record = decode.time_case(decode.QUICK, "triton", torch.device("cpu"), Effort(0.0, min_repeats=2))
+    record = decode.time_case(decode.QUICK, "triton", torch.device("cpu"), Effort(budget_s=0.0, min_repeats=2))
     assert record["status"] == "error"
     assert "wrong, so not timed: off by" in record["reason"]
 

@@ -33,7 +33,7 @@ class Timing:
         return asdict(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much time a measurement may take: `budget_s` seconds of repeats after the warm-ups, within the bounds.
 

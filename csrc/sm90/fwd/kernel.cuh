@@ -23,13 +23,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     prefetch_descriptor(v_map);
     constexpr int kMathWarps = Traits::kMathWarpgroups * 4;
     for (int stage = 0; stage < Traits::kQueryStages; ++stage) {
+      // Every thread arrives that writes or reads what the producer says of an item or a tile.
       shared.q_full[stage].init(1);
-      shared.q_empty[stage].init(kMathWarps);
+      shared.q_empty[stage].init(kMathWarps * 32);
       for (int warpgroup = 0; warpgroup < Traits::kMathWarpgroups && stage < 2; ++warpgroup)
         shared.redo[warpgroup][stage] = 0;
     }
     for (int stage = 0; stage < Traits::kKeyStages; ++stage) {
-      // Every thread arrives that writes or reads what the producer says of a tile.
       shared.k_full[stage].init(32);
       shared.k_empty[stage].init(kMathWarps * 32);
     }

@@ -115,7 +115,7 @@ class MathWarpgroup {
       release(shared_.v_empty[values_.stage]);
       if (ends) {
         finish(tile.q_stage, softmax, o);
-        release(shared_.q_empty[tile.q_stage]);
+        shared_.q_empty[tile.q_stage].arrive();
       }
       if constexpr (kWeighedBeside < kScores) {
         following.weigh<kWeighedBeside, kScores>(s, params_.scale_log2, sums);
