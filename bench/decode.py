@@ -27,14 +27,12 @@ from bench import machine
 from longgen_kernels import AttentionPattern, SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.benchmark import gate
 from longgen_kernels.benchmark.packages import one_line, why_not_installed
-from longgen_kernels.benchmark.timing import Effort, Result, Timing, measure
+from longgen_kernels.benchmark.timing import GPU_WARM_UP_S, Effort, Result, Timing, measure
 
 SEEN = 131072  # tokens, of which a sparse cache keeps a part
 SPARE = 4096  # tokens that timed steps may append
 LAYERS_BYTES = 1 << 30  # of all layers' caches together: many times a level-2 cache
 MAX_LAYERS = 32
-# An H200 reads up to a seventh slower for the first 90 ms after a cache was filled and compared with the reference.
-WARM_UP_S = 0.2
 Step = Callable[[], Tensor]  # decodes one token in one layer
 
 
@@ -263,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     peers = args.peers.split(",") if args.peers else installed if on_gpu else ["reference"]
     cases = [QUICK] if args.quick else [CASES[name] for name in args.cases.split(",")]
     quick = Effort(budget_s=0.0, warmups=1, min_repeats=3)
-    effort = Effort(budget_s=args.budget, warmup_s=WARM_UP_S, cuda_graph=True) if on_gpu else quick
+    effort = Effort(budget_s=args.budget, warmup_s=GPU_WARM_UP_S, cuda_graph=True) if on_gpu else quick
 
     document: dict[str, Any] = {"machine": machine.describe(device, args.commit), "effort": asdict(effort)}
     records: list[dict[str, Any]] = []

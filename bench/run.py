@@ -18,7 +18,7 @@ from longgen_kernels.benchmark.cases import LENGTHS, PASSES, PATTERNS, VARIANTS,
 from longgen_kernels.benchmark.peers import Peer, all_peers
 from longgen_kernels.benchmark.results import Document
 from longgen_kernels.benchmark.runner import Plan, Runner
-from longgen_kernels.benchmark.timing import Effort, matmul_tflops
+from longgen_kernels.benchmark.timing import GPU_WARM_UP_S, Effort, matmul_tflops
 
 DEFAULT_PEERS = {
     "cuda": ("cuda", "triton", "flex", "cudnn", "fa2_sdpa", "flash_attn", "fa3", "fa4", "block_sparse_attn"),
@@ -37,7 +37,11 @@ def main(argv: Sequence[str] | None = None, peers: dict[str, Peer] | None = None
     there = [peers[name] for name in args.peers if why_not[name] is None]
     baseline = args.baseline or next((p.name for name in BASELINES for p in there if p.name == name), None)
     effort = Effort(
-        budget_s=args.budget_s, warmups=args.warmups, min_repeats=args.min_repeats, cuda_graph=args.cuda_graph
+        budget_s=args.budget_s,
+        warmups=args.warmups,
+        warmup_s=args.warmup_s,
+        min_repeats=args.min_repeats,
+        cuda_graph=args.cuda_graph,
     )
     settings = {
         "argv": _without_out(sys.argv[1:] if argv is None else argv),
@@ -90,6 +94,7 @@ def _parse(argv: Sequence[str] | None, peers: dict[str, Peer]) -> argparse.Names
     add("--baseline", choices=list(peers), help="the peer that ratios are printed to (default: flex if it runs)")
     add("--budget", dest="budget_s", type=float, help="seconds of timed runs per measurement (default: 0.3)")
     add("--warmups", type=int, help="calls before timing, after the first (default: 3)")
+    add("--warmup-seconds", dest="warmup_s", type=float, help="of such calls, at least (default: 1 on a GPU, else 0)")
     add("--min-repeats", type=int, help="timed calls at least (default: 5)")
     add("--cuda-graph", action="store_true", help="time replays of a CUDA graph")
     add("--quick", action="store_true", help="a tiny run that tests the harness, for machines without a GPU too")
@@ -114,8 +119,9 @@ def _parse(argv: Sequence[str] | None, peers: dict[str, Peer]) -> argparse.Names
     args.lengths = args.lengths or ([QUICK_LENGTH] if args.quick else list(LENGTHS[:2]))
     args.variants = args.variants or (["tiny"] if args.quick else ["mha"])
     args.peers = args.peers or [name for name in DEFAULT_PEERS[device] if name in peers]
-    effort = Effort(budget_s=0.0, warmups=1, min_repeats=3) if args.quick else Effort()
-    for name in ("budget_s", "warmups", "min_repeats"):
+    usual = Effort(warmup_s=GPU_WARM_UP_S if device == "cuda" else 0.0)
+    effort = Effort(budget_s=0.0, warmups=1, min_repeats=3) if args.quick else usual
+    for name in ("budget_s", "warmups", "warmup_s", "min_repeats"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(effort, name))
     return args

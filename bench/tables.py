@@ -44,6 +44,8 @@ class Table:
     """Cases by their labels."""
     passes: tuple[str, ...] = ("fwd",)
     digits: int = 0
+    unit: str | None = None
+    """The peer whose figure is 1 in the picture, where cases differ too much to be seen side by side."""
 
     @property
     def paths(self) -> list[Path]:
@@ -70,11 +72,15 @@ class Table:
         """For each pass the bars: by peer's heading, by case's label."""
         return {
             which: {
-                heading: {label: figures.get((case, peer, which)) for label, case in self.rows.items()}
+                heading: {label: self._drawn(figures, case, peer, which) for label, case in self.rows.items()}
                 for heading, peer in self.columns.items()
             }
             for which in self.passes
         }
+
+    def _drawn(self, figures: Figures, case: str, peer: str, which: str) -> float | None:
+        value = figures.get((case, peer, which))
+        return value if self.unit is None or value is None else value / figures[case, self.unit, which]
 
 
 ATTENTION = {
@@ -129,7 +135,7 @@ TABLES = (
         page="docs/kv-cache.md",
         files=("h200-decode.json",),
         corner="keys kept, KV heads",
-        quantity="microseconds a layer",
+        quantity="time, the CUDA kernel's being 1",
         columns={
             "CUDA": "cuda",
             "with append": "cuda_append",
@@ -142,10 +148,14 @@ TABLES = (
             "2048, 8": "gqa_2048",
             "9216, 32": "mha_9216",
             "131072, 8": "gqa_128K",
+            "131072, 32": "mha_128K",
+            "2048, 32, batch 8": "mha_2048_batch_8",
             "9216, 32, batch 8": "mha_9216_batch_8",
+            "131072, 8, batch 8": "gqa_128K_batch_8",
         },
         passes=("step",),
         digits=1,
+        unit="cuda",
     ),
     Table(
         name="model",

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +111,7 @@ def test_table_shows_ratios_to_the_baseline_and_to_its_dense_figure() -> None:
 def test_quick_run_on_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "quick.json"
     arguments = ["--quick", "--device", "cpu", "--cases", "strided", "--lengths", "1280", "--commit", "c0ffee"]
+    arguments += ["--warmups", "2", "--warmup-seconds", "0.01", "--min-repeats", "4", "--budget", "0.001"]
     assert run.main([*arguments, "--out", str(path)]) == 0
     document = load(path)
     assert [(r.key, r.peer, r.which, r.status) for r in document.records] == [
@@ -123,6 +124,8 @@ def test_quick_run_on_the_reference(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert {"date", "commit", "dirty", "gpu", "driver", "torch", "cuda", "triton", "package"} <= document.machine.keys()
     assert document.machine["commit"]
     assert document.peers == {"reference": None}
+    effort = Effort(budget_s=0.001, warmups=2, warmup_s=0.01, min_repeats=4)
+    assert document.settings["effort"] == asdict(effort)
     printed = capsys.readouterr()
     assert "strided/1280/tiny" in printed.out
     assert "[1/1]" in printed.err

@@ -93,7 +93,7 @@ def check_module(module: str, arguments: list[str], capsys: pytest.CaptureFixtur
     options = {word.split("=")[0] for word in arguments if word.startswith("--")}
     for word in arguments:
         assert (ROOT / word).exists() or not word.startswith(("recipes/", "python_tests/")), f"no {word}"
-    if module.startswith("model_integration"):
+    if module.startswith(("model_integration", "bench.end_to_end", "bench.several_gpus")):
         pytest.importorskip("transformers")
     found = importlib.util.find_spec(module)
     assert found is not None and Path(found.origin or "").is_relative_to(ROOT), f"no module {module}"

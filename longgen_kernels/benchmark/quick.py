@@ -50,7 +50,8 @@ def run(seqlen: int, passes: Sequence[str], seconds: float, peers: dict[str, Pee
     absent = {name: reason for name in names if (reason := peers[name].available(device)) is not None}
     there = [peers[name] for name in names if name not in absent]
     plan = Plan.of(make_cases(CASES, [seqlen], ["mha" if device.type == "cuda" else "tiny"]), there, device)
-    effort = Effort(budget_s=0.1, min_repeats=3 if device.type == "cpu" else 5)
+    on_cpu = device.type == "cpu"
+    effort = Effort(budget_s=0.1, warmup_s=0.0 if on_cpu else 0.25, min_repeats=3 if on_cpu else 5)
     matmul = matmul_tflops(device, effort) if device.type == "cuda" else None
     records, complete = _measure(Runner(device, passes, effort, log=_progress), plan, passes[-1], seconds)
 

@@ -33,6 +33,11 @@ class Timing:
         return asdict(self)
 
 
+# Seconds. For the first tenths of a second after other work an H200 may be a seventh faster or slower than it remains:
+# its power, at the limit under such loads, has yet to settle.
+GPU_WARM_UP_S = 1.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much time a measurement may take: `budget_s` seconds of repeats after the warm-ups, within the bounds.
