@@ -32,6 +32,7 @@ from longgen_kernels.benchmark.cases import PATTERNS, length_name, parse_length
 from longgen_kernels.benchmark.timing import synchronize
 from model_integration.attention import NAME
 from model_integration.context_parallel import EXCHANGES
+from model_integration.training.activations import recompute_activations
 from model_integration.training.parallel_trainer import IGNORED, shard_model, sharded_loss
 
 GIB = 1 << 30
@@ -50,7 +51,7 @@ class Step:
             self.ids = torch.randint(config.vocab_size, (1, args.length))
         self.targets = F.pad(self.ids[:, 1:], (0, 1), value=IGNORED)
         model.train()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         shard_model(model, mesh, compute_in_bf16=False)
         self.model, self.group, self.exchange = model, mesh.get_group(), args.exchange

@@ -18,6 +18,7 @@ from longgen_kernels.cache_layout import CacheLayout
 from model_integration import GraphDecoder, LongGenCache, LongGenLlamaConfig
 from model_integration.decoding import captured
 from model_integration.loss import next_token_loss
+from model_integration.training.activations import recompute_activations
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-2-7b": {
@@ -119,7 +120,7 @@ class Contender:
     def train_step(self, ids: Tensor) -> Tensor:
         """Forward and backward pass with gradient checkpointing; the loss, never all logits at once."""
         self.model.train()
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(self.model)
         try:
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
             loss = next_token_loss(hidden, self.model.lm_head, ids, self.config.vocab_size)
@@ -127,7 +128,7 @@ class Contender:
             return loss.detach()
         finally:
             self.model.zero_grad(set_to_none=True)
-            self.model.gradient_checkpointing_disable()
+            recompute_activations(self.model, on=False)
             self.model.eval()
 
     def prefill_bytes(self, length: int, spare: int, chunk: int | None) -> dict[str, int]:

@@ -38,6 +38,7 @@ from model_integration.data import (
     standard_library,
 )
 from model_integration.modeling import HYBRID_MODELS
+from model_integration.training.activations import recompute_activations
 from model_integration.training.arguments import FREE_ON_RESUME, parse_arguments
 from model_integration.training.reporting import BITS_PER_BYTE, ProgressBar, plot_losses
 
@@ -127,7 +128,7 @@ def build_model(args: argparse.Namespace) -> Any:
         adapters = LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, adapters)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     if args.compile:
         for layer in layers:
             layer.compile()  # a layer at a time: one compilation serves all layers of a kind

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM, train_parallel
 from model_integration.context_parallel import SequenceShard
+from model_integration.training.activations import recompute_activations
 
 SINK_WINDOW = AttentionPattern.sink_window(sink=2, window=7)
 STRIDED = AttentionPattern.strided(3, 4, window=6, sink=1)  # a phase for each KV head
@@ -85,7 +86,7 @@ def build(case: Case) -> LongGenLlamaForCausalLM:
     )
     model = LongGenLlamaForCausalLM(config)
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     return model
 
 

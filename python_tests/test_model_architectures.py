@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import model_integration
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenCache, convert
+from model_integration.training.activations import recompute_activations
 
 # num_hidden_layers - 1 is a full layer; Qwen3's heads are wider than hidden_size / num_attention_heads.
 ARCHITECTURES = {"Llama": {}, "Mistral": {"sliding_window": None}, "Qwen2": {}, "Qwen3": {"head_dim": 32}}
@@ -111,7 +112,7 @@ def test_training_and_saving(hybrid, tokens, tmp_path):
     for checkpointing in (False, True):
         model = AutoModelForCausalLM.from_pretrained(hybrid).train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(model)
         model(tokens, labels=tokens, use_cache=False, logits_to_keep=None if checkpointing else 0).loss.backward()
         gradients.append({parameter: value.grad for parameter, value in model.named_parameters()})
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)

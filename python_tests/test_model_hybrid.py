@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from model_integration import LongGenLlamaConfig, LongGenLlamaForCausalLM
 from model_integration.layout import SequenceLayout
+from model_integration.training.activations import recompute_activations
 
 IMPLEMENTATIONS = ["longgen", "sdpa", "eager"]
 LENGTH = 41
@@ -362,10 +363,11 @@ def test_gradient_checkpointing_changes_nothing(hybrid, tokens):
     for checkpointing in (False, True):
         hybrid.zero_grad()
         if checkpointing:
-            hybrid.gradient_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(hybrid)
+        assert {layer.gradient_checkpointing for layer in hybrid.model.layers} == {checkpointing}
         hybrid(tokens, labels=tokens, use_cache=False).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in hybrid.named_parameters()})
-    hybrid.gradient_checkpointing_disable()
+    recompute_activations(hybrid, on=False)
     hybrid.eval()
     hybrid.zero_grad()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)

@@ -1,4 +1,4 @@
 """What `finetune` and `train_parallel` are made of.
 
-arguments; sharded_checkpoint, reporting <- parallel_trainer
+arguments; activations; sharded_checkpoint, reporting <- parallel_trainer
 """
