@@ -46,6 +46,8 @@ class Table:
     digits: int = 0
     unit: str | None = None
     """The peer whose figure is 1 in the picture, where cases differ too much to be seen side by side."""
+    quotient: tuple[str, str] | None = None
+    """Peers, by their headings: a last column of the one's figures over the other's."""
 
     @property
     def paths(self) -> list[Path]:
@@ -53,7 +55,8 @@ class Table:
 
     def markdown(self, figures: Figures) -> str:
         """The table; a cell without a figure is empty. ValueError for a row or column without any."""
-        lines = [f"| {self.corner} | {' | '.join(self.columns)} |", f"|{'---|' * (1 + len(self.columns))}"]
+        headings = [self.corner, *self.columns, *([" / ".join(self.quotient)] if self.quotient else [])]
+        lines = [f"| {' | '.join(headings)} |", f"|{'---|' * len(headings)}"]
         filled: set[str] = set()
         for label, case in self.rows.items():
             cells = []
@@ -62,6 +65,9 @@ class Table:
                 if None not in values:
                     filled |= {case, peer}
                 cells.append("" if None in values else " / ".join(f"{value:.{self.digits}f}" for value in values))
+            if self.quotient:
+                over, under = (figures[case, self.columns[heading], self.passes[0]] for heading in self.quotient)
+                cells.append(f"{over / under:.2f}")
             lines.append("|".join(["", *(f" {cell} " if cell else " " for cell in (label, *cells)), ""]))
         empty = {*self.columns.values(), *self.rows.values()} - filled
         if empty:
@@ -172,6 +178,7 @@ TABLES = (
         },
         passes=("model",),
         digits=1,
+        quotient=("dense, cuDNN", "hybrid"),
     ),
 )
 

@@ -69,6 +69,14 @@ def test_another_figure_is_another_table_and_picture(tmp_path: Path) -> None:
     assert tables.filled_in(table.page, page, {**names, "decode": table.markdown(figures)}) != page
 
 
+def test_the_last_column_may_be_a_quotient() -> None:
+    table = next(table for table in tables.TABLES if table.name == "model")
+    figures = {
+        (case, peer, "model"): x for peer, x in (("hybrid", 2.0), ("dense", 5.0)) for case in table.rows.values()
+    }
+    assert "| reading the prompt, s | 2.0 | 5.0 | 2.50 |" in table.markdown(figures).splitlines()
+
+
 def test_a_table_without_figures_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"h200-attention-fwd\.json: no figure for .*cuda, cudnn, flex"):
         tables.TABLES[0].markdown({})
