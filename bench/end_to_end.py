@@ -43,8 +43,11 @@ class LacksMemoryError(RuntimeError):
 class Bench:
     """One contender at one length. The cache that `prefill` fills is what `decode` goes on from."""
 
-    def __init__(self, peer: Contender, length: int, chunk: int | None, budget_s: float, spare: int) -> None:
+    def __init__(
+        self, peer: Contender, length: int, chunk: int | None, budget_s: float, spare: int, keep_attention: bool = False
+    ) -> None:
         self.peer, self.length, self.chunk, self.budget_s, self.spare = peer, length, chunk, budget_s, spare
+        self.keep_attention = keep_attention
         self.device = peer.device
         generator = torch.Generator(self.device).manual_seed(0)
         shape = (1, length)
@@ -74,7 +77,7 @@ class Bench:
         """Forward and backward pass with gradient checkpointing; no optimizer."""
         self.cache = None
         _free(self.device)
-        _summarise(record, "s", self.times(lambda: self.peer.train_step(self.ids)))
+        _summarise(record, "s", self.times(lambda: self.peer.train_step(self.ids, self.keep_attention)))
 
     def read(self, tokens: int | None = None) -> Tensor:
         """The prompt, or its first `tokens`."""
@@ -186,7 +189,7 @@ def run(args: argparse.Namespace, device: torch.device, save: Callable[[dict[str
         save(built)
         for length in args.lengths:
             spare = SPARE if "decode" in args.parts else 0
-            bench = Bench(peer, length, args.chunk, args.budget, spare)
+            bench = Bench(peer, length, args.chunk, args.budget, spare, args.keep_attention)
             for part in args.parts:
                 print(f"{name}, {length_name(length)}: {part} ...", file=sys.stderr, flush=True)
                 record = {"peer": name, "part": part, "tokens": length, "chunk": args.chunk}
@@ -231,6 +234,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--parts", default=",".join(PARTS), help=f"from {', '.join(PARTS)} (default: all)")
     add("--peers", default=",".join(PEERS), help=f"from {', '.join(PEERS)} (default: both)")
     add("--chunk", help="tokens of the prompt that are read at once, such as 64K (default: all); for the hybrid")
+    add("--keep-attention", action="store_true", help="train computes the attention of full layers once, not again")
     add("--budget", type=float, default=20.0, help="seconds of timed calls per figure, after which none is begun")
     add("--quick", action="store_true", help="a tiny run on the CPU that tests the script")
     add("--commit", help="recorded where the sources have no .git")

@@ -117,10 +117,10 @@ class Contender:
         """Decoding steps behind a filled cache, launched from Python."""
         return lambda tokens: self.step(tokens[:, None], cache)
 
-    def train_step(self, ids: Tensor) -> Tensor:
+    def train_step(self, ids: Tensor, keep_attention: bool = False) -> Tensor:
         """Forward and backward pass with gradient checkpointing; the loss, never all logits at once."""
         self.model.train()
-        recompute_activations(self.model)
+        recompute_activations(self.model, keep_attention=keep_attention)
         try:
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
             loss = next_token_loss(hidden, self.model.lm_head, ids, self.config.vocab_size)
@@ -181,9 +181,9 @@ class Dense(Contender):
         with self._kernel():
             return super().step(ids, cache)
 
-    def train_step(self, ids: Tensor) -> Tensor:
+    def train_step(self, ids: Tensor, keep_attention: bool = False) -> Tensor:
         with self._kernel():
-            return super().train_step(ids)
+            return super().train_step(ids, keep_attention)
 
     def graph_step(self, cache: Cache) -> Step:
         static = torch.zeros(1, 1, dtype=torch.int64, device=self.device)

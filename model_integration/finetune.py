@@ -128,7 +128,7 @@ def build_model(args: argparse.Namespace) -> Any:
         adapters = LoraConfig(r=args.lora_rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, adapters)
     if args.gradient_checkpointing:
-        recompute_activations(model)
+        recompute_activations(model, keep_attention=args.keep_attention)
     if args.compile:
         for layer in layers:
             layer.compile()  # a layer at a time: one compilation serves all layers of a kind

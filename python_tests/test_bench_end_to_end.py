@@ -52,6 +52,13 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "hybrid  prefill     300" in capsys.readouterr().out
 
 
+def test_kept_attention_is_said_in_the_file(tmp_path: Path) -> None:
+    code, records = run(tmp_path, "--parts", "train", "--keep-attention")
+    assert code == 0
+    assert {record["status"] for record in records.values()} == {"ok"}
+    assert json.loads((tmp_path / "figures" / "end_to_end.json").read_text())["settings"]["keep_attention"]
+
+
 def test_chunks_and_the_order_of_parts(tmp_path: Path) -> None:
     code, records = run(tmp_path, "--peers", "hybrid", "--parts", "train,prefill", "--chunk", "64K")
     assert code == 0

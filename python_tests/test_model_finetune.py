@@ -193,7 +193,7 @@ def test_adapters_compiled_checkpointed_in_bf16(llama, texts, tmp_path, monkeypa
     common = ["--model", str(llama), "--data", str(texts), *MICRO, *STEPS, *LORA]
     finetune.main([*common, "--output-dir", str(tmp_path / "plain")])
     torch._dynamo.utils.counters.clear()
-    together = ["--compile", "--gradient-checkpointing", "--precision", "bf16"]
+    together = ["--compile", "--gradient-checkpointing", "--keep-attention", "--precision", "bf16"]
     finetune.main([*common, "--output-dir", str(tmp_path / "together"), *together])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     plain, compiled = (

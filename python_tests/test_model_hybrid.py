@@ -4,6 +4,7 @@ import pytest
 import torch
 from model_cases import SINK_WINDOW, SMALL, STRIDED, VOCABULARY
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -370,6 +371,42 @@ def test_gradient_checkpointing_changes_nothing(hybrid, tokens):
     recompute_activations(hybrid, on=False)
     hybrid.eval()
     hybrid.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
+class Counted(TorchDispatchMode):
+    """How often attention is computed, whoever computes it."""
+
+    OPERATORS = (
+        torch.ops.longgen_kernels.attn_fwd.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.times = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.times += operator in self.OPERATORS
+        return operator(*args, **(kwargs or {}))
+
+
+def test_kept_attention_of_full_layers_is_not_computed_again(hybrid, tokens):
+    hybrid.train()
+    gradients, times = [], []
+    for kept in (False, True):
+        hybrid.zero_grad()
+        recompute_activations(hybrid, keep_attention=kept)
+        with Counted() as counted:
+            hybrid(tokens, labels=tokens, use_cache=False).loss.backward()
+        times.append(counted.times)
+        gradients.append({name: p.grad.clone() for name, p in hybrid.named_parameters()})
+    recompute_activations(hybrid, on=False)
+    hybrid.eval()
+    hybrid.zero_grad()
+    layers, full = hybrid.config.num_hidden_layers, len(hybrid.config.full_layers)
+    whose = hybrid.config._attn_implementation  # others consist of operators that are not attention's alone
+    assert times == ([2 * layers, 2 * layers - full] if whose in ("longgen", "sdpa") else [0, 0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
 
 

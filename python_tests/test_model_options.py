@@ -89,6 +89,7 @@ def test_recipes_that_cannot_work(text, message, tmp_path, capsys):
         ("--data {tmp}/nowhere.txt", "no such file or directory"),
         ("--data {tmp}/empty", "no .txt, .md, .py, .jsonl files"),
         ("--data {tmp}/text.py --dataset x", "exclude each other"),
+        ("--keep-attention", "--gradient-checkpointing leaves out: give both"),
         ("--tokenizer {tmp}/nowhere", "--tokenizer"),
         ("--full-ratio 1.5", "full_ratio must lie in [0, 1]"),
         ("--full-layers 1 --full-ratio 0.5", "--full-layers excludes"),

@@ -140,6 +140,9 @@ def build_parser() -> OneLineParser:
         "--gradient-checkpointing", action="store_true", help="recompute activations in the backward pass"
     )
     group.add_argument(
+        "--keep-attention", action="store_true", help="but for the attention of full layers, which takes longest"
+    )
+    group.add_argument(
         "--lora-rank", type=int, help="train adapters of this rank beside all linear layers, by PEFT (every weight)"
     )
     group.add_argument("--lora-alpha", type=float, help="scale of the adapters, divided by their rank (twice the rank)")
@@ -231,6 +234,8 @@ def _check(args: argparse.Namespace) -> None:
     if args.data:
         find_files(args.data)
     _check_lora(args)
+    if args.keep_attention and not args.gradient_checkpointing:
+        raise UsageError("--keep-attention says what --gradient-checkpointing leaves out: give both")
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     if args.backend and args.attn_implementation != "longgen":
         raise UsageError(
