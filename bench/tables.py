@@ -147,7 +147,7 @@ TABLES = (
             "with append": "cuda_append",
             "e4m3 cache": "cuda_fp8",
             "cuDNN": "cudnn",
-            "FlashAttention-2": "fa2_sdpa",
+            "PyTorch's FlashAttention-2": "fa2_sdpa",
         },
         rows={
             "2048, 32": "mha_2048",
