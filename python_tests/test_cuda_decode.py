@@ -14,28 +14,30 @@ from longgen_kernels.cache_layout import CacheLayout
 from longgen_kernels.kernels.cache_problem import CacheTensors
 from longgen_kernels.kernels.cuda import decode
 
-WAYS: dict[str, tuple[bool, int, bool, bool]] = {  # through shared memory; splits, as a cluster, small blocks
-    "one split": (True, 1, False, False),
-    "a cluster of two": (True, 2, True, False),
-    "a cluster of three": (True, 3, True, False),
-    "a cluster of eight": (True, 8, True, False),
-    "through memory": (True, 5, False, False),
-    "through memory, more splits than are read at once": (True, 37, False, False),
-    "small blocks": (True, 1, False, True),
-    "small blocks, through memory": (True, 4, False, True),
-    "to registers": (False, 1, False, False),
-    "to registers, through memory": (False, 6, False, False),
+Division = decode._Division
+WAYS = {  # whether through shared memory, and how the work is divided
+    "one split": (True, Division(1)),
+    "a cluster of two": (True, Division(2, clustered=True)),
+    "a cluster of three": (True, Division(3, clustered=True)),
+    "a cluster of eight": (True, Division(8, clustered=True)),
+    "through memory": (True, Division(5)),
+    "through memory, more splits than are read at once": (True, Division(37)),
+    "small blocks": (True, Division(1, small_blocks=True)),
+    "small blocks that do not start early": (True, Division(1, small_blocks=True, starts_early=False)),
+    "small blocks, through memory": (True, Division(4, small_blocks=True)),
+    "to registers": (False, Division(1)),
+    "to registers, through memory": (False, Division(6)),
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
 
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    bulk, *division = WAYS[way]
+    bulk, division = WAYS[way]
     if bulk and not decode._runs_hopper_code(torch.device("cuda", torch.cuda.current_device())):
         pytest.skip("Hopper's own kernel")
     if not bulk:
         monkeypatch.setattr(decode, "_runs_hopper_code", lambda _: False)
-    monkeypatch.setattr(decode, "_division", lambda *_: decode._Division(*division))
+    monkeypatch.setattr(decode, "_division", lambda *_: division)
 
 
 @pytest.mark.gpu
@@ -108,8 +110,8 @@ def cache_of(kv_heads: int, slots: int, head_dim: int = 128) -> CacheTensors:
     return CacheTensors(k, k, torch.zeros(1, dtype=torch.int32, device="meta"), layout)
 
 
-CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (decode._Division(splits, clustered=True) for splits in (2, 4, 8))
-SMALL_AT_ONCE, SMALL_IN_TURN = (decode._Division(1, small_blocks=True, starts_early=early) for early in (False, True))
+CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 4, 8))
+SMALL_AT_ONCE, SMALL_IN_TURN = (Division(1, small_blocks=True, starts_early=early) for early in (False, True))
 
 
 @pytest.mark.parametrize(
@@ -119,21 +121,21 @@ SMALL_AT_ONCE, SMALL_IN_TURN = (decode._Division(1, small_blocks=True, starts_ea
         (32, 2064, CLUSTER_OF_2),
         (16, 2064, CLUSTER_OF_4),
         (1, 2064, CLUSTER_OF_8),
-        (32, 9232, decode._Division(4)),
-        (8, 131072, decode._Division(16)),
-        (64, 64, decode._Division(1)),
-        (132, 9232, decode._Division(1)),
-        (198, 9232, decode._Division(2)),  # small blocks would fill 3/4 of their places
+        (32, 9232, Division(4)),
+        (8, 131072, Division(16)),
+        (64, 64, Division(1)),
+        (132, 9232, Division(1)),
+        (198, 9232, Division(2)),  # small blocks would fill 3/4 of their places
         (256, 2064, SMALL_AT_ONCE),
         (264, 9232, SMALL_AT_ONCE),
         (512, 9232, SMALL_IN_TURN),
     ],
 )
-def test_how_work_is_divided(kv_heads: int, slots: int, want: decode._Division) -> None:
+def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
     """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all, small blocks for many tiles."""
     assert decode._division(cache_of(kv_heads, slots), kv_heads, 132, True) == want
     division = decode._division(cache_of(kv_heads, slots), kv_heads, 132, False)
-    assert division == decode._Division(division.splits)
+    assert division == Division(division.splits)
     assert division.splits * kv_heads <= max(132, kv_heads) * 2
 
 

@@ -17,7 +17,7 @@ from longgen_kernels.cache_scales import FP8, as_bytes
 from longgen_kernels.kernels.cuda import decode
 
 pytestmark = pytest.mark.gpu
-ways = pytest.mark.parametrize("way", [way for way, (bulk, *_) in WAYS.items() if bulk])
+ways = pytest.mark.parametrize("way", [way for way, (bulk, _) in WAYS.items() if bulk])
 head_dims = pytest.mark.parametrize("head_dim", [64, 128])
 dtypes = pytest.mark.parametrize("dtype", [HALF, BF16], ids=str)
 
