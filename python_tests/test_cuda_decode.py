@@ -111,7 +111,7 @@ def cache_of(kv_heads: int, slots: int, head_dim: int = 128) -> CacheTensors:
 
 
 CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 4, 8))
-SMALL_AT_ONCE, SMALL_IN_TURN = (Division(1, small_blocks=True, starts_early=early) for early in (False, True))
+SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for early in (True, False))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,10 @@ SMALL_AT_ONCE, SMALL_IN_TURN = (Division(1, small_blocks=True, starts_early=earl
         (64, 64, Division(1)),
         (132, 9232, Division(1)),
         (198, 9232, Division(2)),  # small blocks would fill 3/4 of their places
-        (256, 2064, SMALL_AT_ONCE),
-        (264, 9232, SMALL_AT_ONCE),
-        (512, 9232, SMALL_IN_TURN),
+        (256, 2064, SMALL),
+        (264, 9232, SMALL_AND_LATE),
+        (512, 9232, SMALL),
+        (1024, 2064, Division(1)),
     ],
 )
 def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:

@@ -32,10 +32,12 @@ class WarpStream {
       const bool more = chunk < end;
       typename Rows::Scores s;
       if (has) {
-        rows_.score(s, keys_, [&](int i) -> const typename Rows::Queries& {
-          if constexpr (!kReadsAhead) Rows::load_queries(params_, tile_, q_[0], i);
-          return q_[kReadsAhead ? i : 0];
-        });
+        rows_.score(
+            s, [&](int i) -> const typename Rows::Keys& { return keys_[i]; },
+            [&](int i) -> const typename Rows::Queries& {
+              if constexpr (!kReadsAhead) Rows::load_queries(params_, tile_, q_[0], i);
+              return q_[kReadsAhead ? i : 0];
+            });
         if constexpr (!kReadsAhead) load_values();
       }
       const bool whole = whole_;
@@ -46,7 +48,7 @@ class WarpStream {
       }
       if (has) {
         if (!whole) rows_.mask(s, position, until);
-        rows_.attend(s, [&](int i) -> const typename Rows::Values& { return values_[i]; });
+        rows_.attend(s, [&](int, int i) -> const typename Rows::Values& { return values_[i]; });
       } else if constexpr (kReadsAhead) {
 #pragma unroll
         for (int i = 0; i < kKeyLoads; ++i) Rows::load_queries(params_, tile_, q_[i], i);
@@ -95,11 +97,11 @@ class WarpStream {
           [&](int64_t row) {
 #pragma unroll
             for (int i = 0; i < kKeyLoads; ++i)
-              sm80::load_16_bytes(keys_[j][i], k + row + Traits::key_element(i, c));
+              sm80::load_16_bytes(keys_[i][j], k + row + Traits::key_element(i, c));
           },
           [&] {
 #pragma unroll
-            for (int i = 0; i < 4 * kKeyLoads; ++i) keys_[j][i / 4][i % 4] = 0;
+            for (int i = 0; i < 4 * kKeyLoads; ++i) keys_[i / 4][j][i % 4] = 0;
           });
     }
   }
@@ -138,7 +140,7 @@ class WarpStream {
   int64_t row_ = -1;
   int position_ = 0, until_ = -1;
   typename Rows::Queries q_[kReadsAhead ? kKeyLoads : 1];
-  typename Rows::Keys keys_;
+  typename Rows::Keys keys_[kKeyLoads];
   typename Rows::Values values_[kValueLoads];
 };
 

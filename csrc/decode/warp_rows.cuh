@@ -23,17 +23,19 @@ class WarpRows {
   using Factors = typename Traits::Factors;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kOctets = Traits::kOctets;
-  static constexpr int kOutTiles = kHeadDim / 16;  // of 16 elements of the output
-  static constexpr float kLag = 8.f;               // see OnlineSoftmax
+  static constexpr int kKeyTiles = Traits::kKeyTiles;  // of 8 keys that are attended to at once
+  static constexpr int kOutTiles = kHeadDim / 16;      // of 16 elements of the output
+  static constexpr float kLag = 8.f;                   // see OnlineSoftmax
 
  public:
   static constexpr int kKeyLoads = kHeadDim / 32;        // of 16 bytes a lane, of a key
   static constexpr int kValueLoads = kHeadDim / 64;      // the same of a value,
   static constexpr bool kHalfLoad = kHeadDim % 64 != 0;  // and a last one of 8 bytes
   using Queries = uint32_t[kOctets][4];                  // a load's, of queries g (+ 8)
-  using Keys = uint32_t[2][kKeyLoads][4];                // of keys g and g + 8
+  using Keys = uint32_t[kKeyTiles][4];                   // a load's, of keys g, g + 8, ...
   using Values = uint32_t[4][4];                         // a load's, of values 2 c + {0, 1, 8, 9}
-  using Scores = float[2][4];  // [j][0] and [1]: query g and keys 8 j + 2 c + {0, 1}, then g + 8
+  // [j][0] and [1]: query g and keys 8 j + 2 c + {0, 1}, then query g + 8.
+  using Scores = float[kKeyTiles][4];
 
   // p0 is the position of the first query token.
   __device__ WarpRows(const DecodeParams& params, const Tile& tile, const Factors& factors, int p0)
@@ -76,17 +78,18 @@ class WarpRows {
     return i < kValueLoads ? 64 * i + 8 * g_ : 64 * kValueLoads + 4 * g_;
   }
 
-  // S = Q K^T; `queries(i)` is those of load `i`.
-  template <typename OfLoad>
-  __device__ __forceinline__ void score(Scores& s, const Keys& keys, OfLoad queries) const {
+  // S = Q K^T; `keys_of(i)` and `queries(i)` are those of load `i`.
+  template <typename KeysOf, typename QueriesOf>
+  __device__ __forceinline__ void score(Scores& s, KeysOf keys_of, QueriesOf queries) const {
     Scores rest = {};  // sums of their own: half as long a chain of dependent instructions
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) s[j][r] = 0.f;
     }
 #pragma unroll
     for (int i = 0; i < kKeyLoads; ++i) {
+      const Keys& keys = keys_of(i);
       const Queries& q = queries(i);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -94,22 +97,22 @@ class WarpRows {
         const uint32_t a[4] = {q[0][lo], kOctets == 1 ? 0 : q[kOctets - 1][lo], q[0][hi],
                                kOctets == 1 ? 0 : q[kOctets - 1][hi]};
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          sm80::multiply_add<T>(half == 0 ? s[j] : rest[j], a, keys[j][i][lo], keys[j][i][hi]);
+        for (int j = 0; j < kKeyTiles; ++j)
+          sm80::multiply_add<T>(half == 0 ? s[j] : rest[j], a, keys[j][lo], keys[j][hi]);
       }
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
       for (int r = 0; r < 2 * kOctets; ++r) s[j][r] += rest[j][r];
     }
   }
 
   // Of a row that does not see a key the score becomes -inf. Lane r has which queries see row r of
-  // the chunk: those at `position` to `until`.
+  // the keys: those at `position` to `until`.
   __device__ __forceinline__ void mask(Scores& s, int position, int until) const {
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
+    for (int j = 0; j < kKeyTiles; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int key = 8 * j + 2 * c_ + e;
@@ -124,17 +127,18 @@ class WarpRows {
     }
   }
 
-  // Softmax and O^T += V^T P^T; `values(i)` is those of load `i`.
+  // Softmax and O^T += V^T P^T; `values(h, i)` is those of load `i` of the hth 16 values.
   template <typename OfLoad>
   __device__ __forceinline__ void attend(Scores& s, OfLoad values) {
-    uint32_t weights[kOctets][2];
+    uint32_t weights[kOctets][kKeyTiles];
     float rescale[kOctets];
     bool grown = false;
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
       grown |= soften(s, octet, rescale[octet]);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) weights[octet][j] = pack<T>(s[j][2 * octet], s[j][2 * octet + 1]);
+      for (int j = 0; j < kKeyTiles; ++j)
+        weights[octet][j] = pack<T>(s[j][2 * octet], s[j][2 * octet + 1]);
     }
     if (__any_sync(0xffffffff, grown)) {
 #pragma unroll
@@ -151,8 +155,11 @@ class WarpRows {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kValueLoads; ++i) accumulate<8>(4 * i, weights, values(i));
-    if constexpr (kHalfLoad) accumulate<4>(4 * kValueLoads, weights, values(kValueLoads));
+    for (int h = 0; h < kKeyTiles / 2; ++h) {
+#pragma unroll
+      for (int i = 0; i < kValueLoads; ++i) accumulate<8>(4 * i, weights, h, values(h, i));
+      if constexpr (kHalfLoad) accumulate<4>(4 * kValueLoads, weights, h, values(h, kValueLoads));
+    }
   }
 
   // The output, not divided by the sum, and maximum and sum of each row.
@@ -191,10 +198,12 @@ class WarpRows {
   // Turns one row's scores into weights relative to a maximum that may lag (OnlineSoftmax says
   // why); returns whether it moved, and what earlier outputs are then multiplied by.
   __device__ __forceinline__ bool soften(Scores& s, int octet, float& rescale) {
-    float* const x = s[0] + 2 * octet;
-    float* const y = s[1] + 2 * octet;
     const float scale = factors_.scores(params_);
-    const float largest = quad_max(fmaxf(fmaxf(x[0], x[1]), fmaxf(y[0], y[1])));
+    float largest = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < kKeyTiles; ++j)
+      largest = fmaxf(largest, fmaxf(s[j][2 * octet], s[j][2 * octet + 1]));
+    largest = quad_max(largest);
     float& maximum = maximum_[octet];
     const bool grows = (largest - maximum) * scale > kLag;  // -inf minus -inf is NaN: no
     const float now = grows ? largest : maximum;
@@ -202,19 +211,25 @@ class WarpRows {
     maximum = now;
     // A row that has seen nothing keeps -inf; 0 in its place makes its weights exp2(-inf) = 0.
     const float reference = now == -INFINITY ? 0.f : now * scale;
+    float sum = 0.f;
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      x[e] = fast_exp2(x[e] * scale - reference);
-      y[e] = fast_exp2(y[e] * scale - reference);
+    for (int j = 0; j < kKeyTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[j][2 * octet + e];
+        x = fast_exp2(x * scale - reference);
+        sum += x;
+      }
     }
-    sum_[octet] = sum_[octet] * rescale + ((x[0] + x[1]) + (y[0] + y[1]));
+    sum_[octet] = sum_[octet] * rescale + sum;
     return grows;
   }
 
-  // O^T += V^T P^T for a load's kElements elements: of tile first + t rows g are its element t, and
-  // rows g + 8 the element half a load further.
+  // O^T += V^T P^T for a load's kElements elements of 16 values: of tile first + t rows g are its
+  // element t, and rows g + 8 the element half a load further.
   template <int kElements>
-  __device__ __forceinline__ void accumulate(int first, const uint32_t (&weights)[kOctets][2],
+  __device__ __forceinline__ void accumulate(int first,
+                                             const uint32_t (&weights)[kOctets][kKeyTiles], int h,
                                              const Values& values) {
     // Element `i` of values 2 c and 2 c + 1, or of those 8 further, as an operand.
     const auto pair = [&](int i, int further) {
@@ -227,7 +242,8 @@ class WarpRows {
       const uint32_t a[4] = {pair(t, 0), pair(t + kTiles, 0), pair(t, 1), pair(t + kTiles, 1)};
 #pragma unroll
       for (int octet = 0; octet < kOctets; ++octet)
-        sm80::multiply_add<T>(out_[octet][first + t], a, weights[octet][0], weights[octet][1]);
+        sm80::multiply_add<T>(out_[octet][first + t], a, weights[octet][2 * h],
+                              weights[octet][2 * h + 1]);
     }
   }
 

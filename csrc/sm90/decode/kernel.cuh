@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if (threadIdx.x % 32 == 0) {
     prefetch_descriptor(maps.k);
     prefetch_descriptor(maps.v);
-    for (int i = 0; i < 2 * Traits::kStages; ++i) shared.full[warp][i / 2][i % 2].init(1);
+    for (int i = 0; i < 2 * Traits::kStages; ++i)
+      shared.full[warp][i / 2][i % 2].init(Traits::kChunks);
     fence_barrier_init();
   }
   __syncwarp();
@@ -116,7 +117,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     slots = CacheSlots(params.cache, tile.kv_head, p0 + tile.token(params, 0),
                        p0 + tile.token(params, tile.rows - 1), lengths.end, lengths.old);
     const decode::Share share = decode::share_of(slots.count(), split, params.splits);
-    stream.prepare(share.first + warp, share.last);
+    stream.prepare(share);
     if (first) {
       wait_for_previous_kernels();
       now = read_lengths(params, tile.sequence);

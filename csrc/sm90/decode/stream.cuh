@@ -1,5 +1,5 @@
-// A warp's keys and values through shared memory: the bulk copy engine keeps a ring of chunks
-// filled that is the warp's own, so that no warp waits for another.
+// A warp's keys and values through shared memory: the bulk copy engine keeps a ring filled that is
+// the warp's own, so that no warp waits for another.
 #pragma once
 
 #include "arch/sm90/shared_copy.cuh"
@@ -24,6 +24,8 @@ class BulkStream {
   using T = typename Traits::T;
   using Cached = typename Traits::Cached;
   using Rows = decode::WarpRows<Traits>;
+  static constexpr int kChunks = Traits::kChunks;
+  static constexpr int kStride = kChunks * Traits::kWarps;  // from one pair to the warp's next
 
  public:
   __device__ BulkStream(const DecodeParams& params, const CacheMaps& maps, const CacheSlots& slots,
@@ -37,10 +39,10 @@ class BulkStream {
         full_(shared.full[decode::uniform(threadIdx.x / 32)]),
         inputs_(shared.inputs) {}
 
-  // Finds the chunks first, first + kWarps, ... below end.
-  __device__ __forceinline__ void prepare(int first, int end) {
-    first_ = next_ = first;
-    end_ = end;
+  // Finds the warp's chunks: of each warp in turn a pair of neighbours, the last perhaps half.
+  __device__ __forceinline__ void prepare(const decode::Share& share) {
+    first_ = next_ = share.first + decode::uniform(threadIdx.x / 32) * kChunks;
+    end_ = share.last;
     find();
   }
 
@@ -52,13 +54,16 @@ class BulkStream {
       fetch(stage, 1);
     }
     classify();  // now: nothing was to come before the copies
-    whole_ = wholes_;
+    whole_ = 0;
+#pragma unroll
+    for (int stage = 0; stage < Traits::kStages; ++stage)
+      whole_ |= (wholes_ >> kChunks * stage & 1) << stage;
   }
 
   // Waits for what `start` asked for, so that it can be called again.
   __device__ __forceinline__ void drop() {
 #pragma unroll 1
-    for (int stage = 0; first_ + stage * Traits::kWarps < next_; ++stage) {
+    for (int stage = 0; first_ + stage * kStride < next_; ++stage) {
       full_[stage][0].wait(parity_ >> stage & 1);
       full_[stage][1].wait(parity_ >> stage & 1);
       parity_ ^= 1u << stage;
@@ -69,7 +74,7 @@ class BulkStream {
   __device__ __forceinline__ void run(int fresh, Rows& rows) {
     int stage = 0;
 #pragma unroll 1
-    for (int chunk = first_; chunk < end_; chunk += Traits::kWarps) {
+    for (int chunk = first_; chunk < end_; chunk += kStride) {
       attend(chunk, stage, fresh, rows);
       parity_ ^= 1u << stage;
       if (++stage == Traits::kStages) stage = 0;
@@ -77,41 +82,44 @@ class BulkStream {
   }
 
  private:
-  // Copies keys (half 0) or values (half 1) of the next chunk to the stage. After the values, the
-  // chunk after it is the next.
+  // Copies keys (half 0) or values (half 1) of the next pair to the stage. After the values, the
+  // pair after it is the next.
   __device__ __forceinline__ void fetch(int stage, int half) {
-    if (half == 0) {
-      // Each lane finds one of the next 32.
-      if (found_ == 32) {
-        find();
-        classify();
-      }
-      row_ = decode::uniform(__shfl_sync(0xffffffff, place_.row, found_));
-      block_ = decode::uniform(__shfl_sync(0xffffffff, place_.block, found_));
-      fetched_ = wholes_ >> found_ & 1;
-      ++found_;
-    } else {
-      whole_ = (whole_ & ~(1u << stage)) | fetched_ << stage;
-      next_ += Traits::kWarps;
+    if (half == 0 && found_ == 32) {
+      find();
+      classify();
     }
-    if (lane_ != 0) return;
-    full_[stage][half].arrive_and_expect(Traits::kHalfBytes);
+    if (unsigned(lane_ - found_) < kChunks) {  // a lane copies the chunk that it has found
+      Mbarrier& full = full_[stage][half];
+      if (found_at_ < end_) {
+        full.arrive_and_expect(Traits::kChunkBytes);
+        char* const to =
+            ring_[stage] + half * Traits::kHalfBytes + lane_ % kChunks * Traits::kChunkBytes;
 #pragma unroll
-    for (int box = 0; box < Traits::kBoxes; ++box)
-      copy_box(half == 0 ? maps_.k : maps_.v, full_[stage][half],
-               ring_[stage] + half * Traits::kHalfBytes + box * Traits::kBoxBytes,
-               Traits::kBoxElements * box, row_, tile_.kv_head, block_);
+        for (int box = 0; box < Traits::kBoxes; ++box)
+          copy_box(half == 0 ? maps_.k : maps_.v, full, to + box * Traits::kBoxBytes,
+                   Traits::kBoxElements * box, place_.row, tile_.kv_head, place_.block);
+      } else {
+        full.arrive();
+      }
+    }
+    if (half == 0) return;
+    whole_ = (whole_ & ~(1u << stage)) | (wholes_ >> found_ & 1) << stage;
+    found_ += kChunks;
+    next_ += kStride;
   }
 
-  // Rows outside the cache become zeros, all of them where there is no page.
+  // Each lane finds one of the next 32. Rows outside the cache become zeros, all of them where
+  // there is no page.
   __device__ __forceinline__ void find() {
-    const int chunk = next_ + lane_ * Traits::kWarps;
-    place_ = place_of(params_.cache, tile_.sequence, slots_.first_slot(chunk));
-    batch_ = chunk;
+    found_at_ = next_ + lane_ / kChunks * kStride + lane_ % kChunks;
+    place_ = place_of(params_.cache, tile_.sequence, slots_.first_slot(found_at_));
     found_ = 0;
   }
   __device__ __forceinline__ void classify() {
-    wholes_ = __ballot_sync(0xffffffff, slots_.is_whole(batch_) && place_.block >= 0);
+    wholes_ = __ballot_sync(0xffffffff,
+                            found_at_ < end_ && slots_.is_whole(found_at_) && place_.block >= 0);
+    wholes_ &= wholes_ >> 1;
   }
 
   __device__ __forceinline__ void attend(int chunk, int stage, int fresh, Rows& rows) {
@@ -120,8 +128,9 @@ class BulkStream {
     const bool whole = whole_ >> stage & 1;
     int position = 0, until = -1;
     CacheSlots::Token token{0, -1, -1};
-    if (!whole) {
-      token = slots_.token(chunk, lane_ % kChunk);
+    if (!whole) {  // each lane has a row
+      chunk += lane_ / kChunk;
+      if (chunk < end_) token = slots_.token(chunk, lane_ % kChunk);
       position = token.position;
       until = is_there(token.slot) ? token.until : -1;
     }
@@ -130,22 +139,18 @@ class BulkStream {
     full_[stage][0].wait(parity);
     if (!whole) complete(0, keys_at, token, until, fresh);
 
-    const int g = lane_ / 4, c = lane_ % 4;
-    typename Rows::Keys keys;
-#pragma unroll
-    for (int i = 0; i < Rows::kKeyLoads; i += 2 / Traits::kBytes) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-        load_keys(keys[j] + i, keys_at + swizzled(g + 8 * j, Traits::key_element(i, c)));
-    }
+    const int c = lane_ % 4;
     typename Rows::Scores s;
+    typename Rows::Keys keys[Traits::kBytes == 1 ? 2 : 1];
     typename Rows::Queries q;
-    rows.score(s, keys, [&](int i) -> const typename Rows::Queries& {
+    rows.score(
+        s, [&](int i) -> const typename Rows::Keys& { return load_keys(keys, keys_at, i); },
+        [&](int i) -> const typename Rows::Queries& {
 #pragma unroll
-      for (int octet = 0; octet < Traits::kOctets; ++octet)
-        load_shared_16_bytes(q[octet], shared_address(&inputs_.queries[i][octet][lane_]));
-      return q;
-    });
+          for (int octet = 0; octet < Traits::kOctets; ++octet)
+            load_shared_16_bytes(q[octet], shared_address(&inputs_.queries[i][octet][lane_]));
+          return q;
+        });
     __syncwarp();  // all have read the keys
     if (more) fetch(stage, 0);
     if (!whole) rows.mask(s, position, until);
@@ -154,10 +159,11 @@ class BulkStream {
     if (!whole) complete(1, values_at, token, until, fresh);
 
     typename Rows::Values values;
-    rows.attend(s, [&](int i) -> const typename Rows::Values& {
+    rows.attend(s, [&](int h, int i) -> const typename Rows::Values& {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const uint32_t at = values_at + swizzled(2 * c + j % 2 + j / 2 * 8, rows.value_element(i));
+        const uint32_t at =
+            values_at + swizzled(16 * h + 2 * c + j % 2 + j / 2 * 8, rows.value_element(i));
         if constexpr (Traits::kBytes == 1) {
           uint32_t x[2];
           load_shared_8_bytes(x, at);
@@ -174,16 +180,23 @@ class BulkStream {
     if (more) fetch(stage, 1);
   }
 
-  // 16 bytes of a key, as one load of 16-bit elements or two.
-  static __device__ __forceinline__ void load_keys(uint32_t (*keys)[4], uint32_t at) {
-    if constexpr (Traits::kBytes == 1) {
-      uint32_t x[4];
-      load_shared_16_bytes(x, at);
-      decode::from_fp8<T>(keys[0], x[0], x[1]);
-      decode::from_fp8<T>(keys[1], x[2], x[3]);
-    } else {
-      load_shared_16_bytes(keys[0], at);
+  // The keys of load `i`. 16 bytes of an e4m3 key are those of two loads, of which the first reads.
+  __device__ __forceinline__ const typename Rows::Keys& load_keys(
+      typename Rows::Keys (&keys)[Traits::kBytes == 1 ? 2 : 1], uint32_t at, int i) const {
+    const int g = lane_ / 4, c = lane_ % 4;
+#pragma unroll
+    for (int j = 0; j < Traits::kKeyTiles; ++j) {
+      const uint32_t from = at + swizzled(g + 8 * j, Traits::key_element(i, c));
+      if constexpr (Traits::kBytes == 2) {
+        load_shared_16_bytes(keys[0][j], from);
+      } else if (i % 2 == 0) {
+        uint32_t x[4];
+        load_shared_16_bytes(x, from);
+        decode::from_fp8<T>(keys[0][j], x[0], x[1]);
+        decode::from_fp8<T>(keys[1][j], x[2], x[3]);
+      }
     }
+    return keys[Traits::kBytes == 1 ? i % 2 : 0];
   }
 
   // Writes the new tokens' rows to keys or values, and zeros to the values that no query sees: what
@@ -195,13 +208,12 @@ class BulkStream {
       constexpr int kEach = 16 / Traits::kBytes, kZeros = Traits::kHeadDim / kEach;
       const uint32_t absent = __ballot_sync(0xffffffff, until < 0);
 #pragma unroll
-      for (int i = 0; i < kChunk * kZeros; i += 32) {
+      for (int i = 0; i < 32 * kZeros; i += 32) {
         const int row = (i + lane_) / kZeros, column = (i + lane_) % kZeros * kEach;
         if ((absent >> row & 1) != 0) store_shared(at + swizzled(row, column), uint4{});
       }
     }
-    uint32_t written =
-        __ballot_sync(0xffffffff, until >= 0 && token.position >= fresh) & ((1 << kChunk) - 1);
+    uint32_t written = __ballot_sync(0xffffffff, until >= 0 && token.position >= fresh);
 #pragma unroll 1
     for (; written != 0; written &= written - 1) {
       const int row = __ffs(written) - 1;
@@ -236,7 +248,8 @@ class BulkStream {
   // of the 128 bytes that they lie in.
   static __device__ __forceinline__ uint32_t swizzled(int row, int element) {
     constexpr int kBox = Traits::kBoxElements, kRow = Traits::kRowBytes;
-    return element / kBox * Traits::kBoxBytes + row * kRow +
+    return row / kChunk * Traits::kChunkBytes + element / kBox * Traits::kBoxBytes +
+           row % kChunk * kRow +
            ((element % kBox * Traits::kBytes) ^ (row * kRow / 128 % (kRow / 16) * 16));
   }
 
@@ -250,15 +263,13 @@ class BulkStream {
   const typename Traits::Inputs& inputs_;
   int first_, next_, end_;  // chunks: the first, the next to fetch
   uint32_t parity_ = 0;     // of each stage's next phase
-  uint32_t whole_;          // stages whose chunk is whole
-  // 32 chunks, one in each lane, and where it lies; which are whole; the lane of the next to fetch.
-  int batch_;
+  uint32_t whole_;          // stages whose pair is whole
+  // 32 chunks, one in each lane, and where it lies; the bits of the first of pairs that are whole;
+  // the lane of the next to fetch.
+  int found_at_;
   Place place_;
   uint32_t wholes_;
   int found_;
-  // Of the chunk whose keys have been fetched, and whose values will be.
-  int row_, block_;
-  uint32_t fetched_;  // whether it is whole
 };
 
 }  // namespace longgen::sm90

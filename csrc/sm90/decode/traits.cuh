@@ -32,7 +32,12 @@ struct DecodeTraits {
   static constexpr int kRowBytes = kBoxElements * kBytes;
   static constexpr int kBoxes = (kHeadDim + kBoxElements - 1) / kBoxElements;
   static constexpr int kBoxBytes = kChunk * kRowBytes;
-  static constexpr int kHalfBytes = kBoxes * kBoxBytes;  // keys or values
+  static constexpr int kChunkBytes = kBoxes * kBoxBytes;  // keys or values
+  // A warp attends to neighbouring chunks at once, a row for each lane: it waits half as often, and
+  // asks for more at once.
+  static constexpr int kChunks = 2;
+  static constexpr int kKeyTiles = kChunks * kChunk / 8;
+  static constexpr int kHalfBytes = kChunks * kChunkBytes;
   static constexpr int kStageBytes = 2 * kHalfBytes;
   // 128 KB on their way in a multiprocessor, or 160 in small blocks: less leaves memory idle, more
   // makes what a block waits for first arrive later.
@@ -62,6 +67,7 @@ struct DecodeTraits {
     Mbarrier full[kWarps][kStages][2];  // of keys, of values
   };
   static constexpr int kSharedBytes = sizeof(Shared);
+  static_assert(kChunks * kChunk == 32, "each lane has a row");
   static_assert(kBytes == 2 || kHeadDim % 64 == 0, "four lanes read 16 bytes of a key each");
   static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024, "a multiprocessor has no more");
   static_assert(sizeof(Found) <= kStages * kStageBytes, "it takes the ring's place");

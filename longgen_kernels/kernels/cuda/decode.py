@@ -31,6 +31,8 @@ _MAX_GROUP = 16  # query heads of a KV head
 _CHUNKS_A_SPLIT = 4  # of 16 slots, at least
 _MAX_CLUSTER = 8  # thread blocks
 _SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
+_SMALL_ROUNDS = 2  # of the small blocks that run at once, at most
+_LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
 _QUERY_TILE = 128  # rows, of the forward kernel
 _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
 
@@ -173,20 +175,21 @@ def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool
     """How the work is divided.
 
     Depends on sizes alone, not on lengths: a CUDA graph is replayed while the cache grows. A block fills a
-    multiprocessor. Where there are more blocks than those and small ones share out the work evenly without splits,
-    small ones read while others begin or end; if all of them run at once, places that the kernel ahead frees one by one
-    suit them less than all together, by what was measured. A cluster merges its splits sooner than blocks that meet in
-    global memory, but clusters do not fit on all multiprocessors: on half of them they do, which is enough to read what
-    is short.
+    multiprocessor. Where there are more blocks than those and small ones share out the work evenly without splits, in a
+    round or two, small ones read while others begin or end; if all of them run at once and for long, places that the
+    kernel ahead frees one by one suit them less than all together, by what was measured. A cluster merges its splits
+    sooner than blocks that meet in global memory, but clusters do not fit on all multiprocessors: on half of them they
+    do, which is enough to read what is short.
     """
     most = max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT)  # a split of a few chunks is not worth its part in the merge
     if bulk:
+        nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()
         at_once = 2 * multiprocessors  # small blocks
         can_be_small = cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8
-        if can_be_small and blocks > multiprocessors and num_splits(blocks, most, at_once) == 1:
-            return _Division(1, small_blocks=True, starts_early=blocks > at_once)
+        few_rounds = multiprocessors < blocks <= _SMALL_ROUNDS * at_once
+        if can_be_small and few_rounds and num_splits(blocks, most, at_once) == 1:
+            return _Division(1, small_blocks=True, starts_early=blocks > at_once or nbytes < _LATE_BYTES)
         cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
-        nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()
         if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
             return _Division(cluster, clustered=True)
     return _Division(num_splits(blocks, most, multiprocessors))
