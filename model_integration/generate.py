@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BatchEncoding,
     Cache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -22,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from longgen_kernels.patterns import MAX_POSITION
 from model_integration.attention import IMPLEMENTATIONS
 from model_integration.cache import LongGenCache
 from model_integration.command_line import (
@@ -132,26 +134,43 @@ def memory(cache: Cache) -> str:
     )
 
 
+def continue_prompt(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, inputs: BatchEncoding
+) -> tuple[Any, list[float]]:
+    """What `generate` returns, and the TimedStreamer's times; UsageError where there is no room for the tokens."""
+    prompt = inputs["input_ids"].shape[1]
+    tokens = f"--max-new-tokens {args.max_new_tokens} behind {prompt} of the prompt"
+    if prompt + args.max_new_tokens > MAX_POSITION:
+        raise UsageError(f"{tokens}: a sequence has {MAX_POSITION} tokens at most")
+    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p} if args.temperature else {}
+    streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
+    try:
+        output = model.generate(
+            **inputs,
+            max_new_tokens=args.max_new_tokens,
+            do_sample=args.temperature > 0.0,
+            use_cache=True,  # a checkpoint from the middle of a training run says False
+            pad_token_id=tokenizer.eos_token_id,
+            streamer=streamer,
+            return_dict_in_generate=True,
+            **sampling,
+        )
+    except RuntimeError as error:  # the CPU's allocator has no exception of its own
+        if "tried to allocate" not in str(error).lower():
+            raise
+        raise UsageError(f"{tokens}: {args.device} has not the memory for them") from error
+    return output, streamer.times
+
+
 def main(argv: list[str] | None = None) -> None:
     logging.disable_progress_bar()
     args = parse_arguments(argv)
     set_seed(args.seed)
     with one_line_errors("python -m model_integration.generate", UsageError):
         tokenizer, model = load(args)
-    inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
-    sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p} if args.temperature else {}
-    streamer = TimedStreamer(tokenizer, skip_special_tokens=True)
-    output = model.generate(
-        **inputs,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature > 0.0,
-        use_cache=True,  # a checkpoint from the middle of a training run says False
-        pad_token_id=tokenizer.eos_token_id,
-        streamer=streamer,
-        return_dict_in_generate=True,
-        **sampling,
-    )
-    print(speed(streamer.times), memory(output.past_key_values), sep="\n", file=sys.stderr)
+        inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
+        output, times = continue_prompt(args, tokenizer, model, inputs)
+    print(speed(times), memory(output.past_key_values), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

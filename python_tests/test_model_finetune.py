@@ -12,7 +12,7 @@ import pytest
 import torch
 from model_cases import save_byte_llama
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaForCausalLM
 
 from longgen_kernels import AttentionPattern
 from model_integration import LongGenLlamaForCausalLM, finetune, generate
@@ -254,6 +254,7 @@ def test_as_a_user_runs_it(tmp_path):
         ("--checkpoint {llama} --prompt=", "--prompt must not be empty"),
         ("--checkpoint {llama} --prompt x --temperature -1", "--temperature >= 0"),
         ("--checkpoint {llama} --prompt x --temperature nan", "--temperature >= 0"),
+        ("--checkpoint {llama} --prompt x --max-new-tokens 1073741824", "a sequence has 1073741824 tokens at most"),
         ("--checkpoint {llama} --prompt x --seed -1", "'-1' is no seed"),
         ("--checkpoint {llama} --prompt x --device tpu9", "--device tpu9: no such device"),
         ("--checkpoint {llama} --prompt x --device cuda:99", "--device cuda:99: this machine has"),
@@ -271,6 +272,18 @@ def test_generate_errors(arguments, message, llama, tmp_path, capsys):
     assert error.startswith("python -m model_integration.generate: error: ")
     assert error.count("\n") == 1
     assert message.format(tmp=tmp_path, llama=llama) in error
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 9 GiB", "you tried to allocate 9 bytes"])
+def test_generate_without_memory(message, llama, monkeypatch, capsys):
+    def generate_nothing(self, **options):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate_nothing)
+    with pytest.raises(SystemExit) as exit_status:
+        generate.main(["--checkpoint", str(llama), "--prompt", "x", "--max-new-tokens", "9000000", "--device", "cpu"])
+    assert exit_status.value.code == 2
+    assert "--max-new-tokens 9000000 behind 1 of the prompt: cpu has not the memory" in capsys.readouterr().err
 
 
 def test_generate_takes_a_dense_model_too(llama, capsys):
