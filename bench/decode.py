@@ -2,7 +2,8 @@
 
 One query token a sequence, through as many layers' caches as no level-2 cache holds, replayed as one CUDA graph: what
 a model's decoding step pays for attention, a layer. Peers run dense attention over a compact cache of the same number
-of keys. Bandwidth counts each kept key and value once.
+of keys. With "append" a step writes its token to the cache first: this package's kernels do both in one launch, and the
+timed steps begin at `seen` tokens. Bandwidth counts each kept key and value once.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from longgen_kernels.benchmark.packages import one_line, why_not_installed
 from longgen_kernels.benchmark.timing import GPU_WARM_UP_S, Effort, Result, Timing, measure
 
 SEEN = 131072  # tokens, of which a sparse cache keeps a part
-SPARE = 4096  # tokens that timed steps may append
+SPARE = 8192  # tokens that a second of warm-up and the timed steps may append
 LAYERS_BYTES = 1 << 30  # of all layers' caches together: many times a level-2 cache
 MAX_LAYERS = 32
 Step = Callable[[], Tensor]  # decodes one token in one layer
@@ -84,6 +85,24 @@ CASES = {
 QUICK = DecodeCase("quick", _A.sink_window(4, 60), q_heads=2, kv_heads=1, head_dim=16, seen=500, dtype=torch.float32)
 
 
+@dataclass(frozen=True)
+class CacheStep:
+    """The package's public function on a `SparseKVCache`."""
+
+    case: DecodeCase
+    cache: SparseKVCache
+    q: Tensor
+    new: tuple[Tensor, ...]  # key and value of the step's token, or nothing
+    backend: str
+
+    def __call__(self) -> Tensor:
+        return longgen_attn_with_kvcache(self.q, self.cache, *self.new, backend=self.backend)
+
+    def rewind(self) -> None:
+        """Forgets the tokens that were appended."""
+        self.cache.seqlens.fill_(self.case.seen)
+
+
 def ours(backend: str, append: bool, fp8: bool = False) -> Callable[[DecodeCase, torch.device], list[Step]]:
     """The package's public function on a `SparseKVCache`; with `append` each step's token is added too."""
 
@@ -111,19 +130,27 @@ def ours(backend: str, append: bool, fp8: bool = False) -> Callable[[DecodeCase,
         failure = _wrong(case, cache, q, new, backend) if check else None
         if failure is not None:
             raise RuntimeError(f"wrong, so not timed: {failure}")
-        return lambda: longgen_attn_with_kvcache(q, cache, *new, backend=backend)
+        return CacheStep(case, cache, q, new, backend)
 
     return layers
 
 
-def sdpa(backend: SDPBackend) -> Callable[[DecodeCase, torch.device], list[Step]]:
-    """PyTorch's attention over a compact cache (batch, kv_heads, kept, head_dim)."""
+def sdpa(backend: SDPBackend, append: bool = False) -> Callable[[DecodeCase, torch.device], list[Step]]:
+    """PyTorch's attention over a compact cache (batch, kv_heads, kept, head_dim).
+
+    With `append` after two `index_copy_` of the step's key and value, as transformers' static cache has them.
+    """
 
     def layer(case: DecodeCase, device: torch.device) -> Step:
         q = _normal(case, device, 1, case.q_heads).transpose(1, 2)
         k, v = (_normal(case, device, case.kept, case.kv_heads).transpose(1, 2).contiguous() for _ in range(2))
+        new = tuple(_normal(case, device, 1, case.kv_heads).transpose(1, 2) for _ in range(2))
+        last = torch.full((1,), case.kept - 1, device=device)
 
         def step() -> Tensor:
+            if append:
+                for cached, token in zip((k, v), new, strict=True):
+                    cached.index_copy_(2, last, token)
             with sdpa_kernel(backend):
                 return scaled_dot_product_attention(q, k, v, enable_gqa=case.q_heads != case.kv_heads)
 
@@ -186,6 +213,7 @@ PEERS: dict[str, Callable[[DecodeCase, torch.device], list[Step]]] = {
     "cuda_fp8_append": ours("cuda", append=True, fp8=True),
     "triton_fp8": ours("triton", append=False, fp8=True),
     "cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+    "cudnn_append": sdpa(SDPBackend.CUDNN_ATTENTION, append=True),
     "fa2_sdpa": sdpa(SDPBackend.FLASH_ATTENTION),
     "flash_attn": flash_attn(PACKAGES["flash_attn"]),
     "fa3": flash_attn(PACKAGES["fa3"]),
@@ -220,8 +248,13 @@ def time_case(case: DecodeCase, name: str, device: torch.device, effort: Effort)
         def model() -> Result:
             return tuple(step() for step in steps)
 
+        def rewind() -> None:
+            for step in steps:
+                if isinstance(step, CacheStep):
+                    step.rewind()
+
         with torch.no_grad():
-            timing: Timing = measure(model, device, effort)[0]
+            timing: Timing = measure(model, device, effort, after_warm_up=rewind)[0]
     except Exception as error:  # its result, and no reason to stop the others
         return record | {"status": "error", "reason": one_line(error)}
     to_us = 1e3 / case.layers

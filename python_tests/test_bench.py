@@ -159,6 +159,17 @@ def test_warm_ups_end_after_their_count_and_their_time() -> None:
     assert len(durations) == 3 + 2
 
 
+def test_what_warm_ups_changed_can_be_undone() -> None:
+    lengths: list[int] = []
+
+    def appends() -> Tensor:
+        lengths.append(len(lengths))
+        return torch.zeros(1)
+
+    measure(appends, CPU, Effort(budget_s=0.0, warmups=5, min_repeats=3), after_warm_up=lengths.clear)
+    assert lengths == [0, 1, 2]
+
+
 def test_results_are_poisoned_before_the_timed_runs() -> None:
     buffer = torch.zeros(4)
     calls = []

@@ -41,6 +41,7 @@ PEERS = {
 SAME_KERNELS = (
     "cuda_append",
     "cuda_fp8_append",
+    "cudnn_append",
     "triton_append",
     "triton_fp8",
     "flex_create_mask",

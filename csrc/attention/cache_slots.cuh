@@ -185,8 +185,11 @@ struct Place {
 __device__ __forceinline__ Place place_of(const CacheParams& cache, int sequence, int slot) {
   if (slot < 0 || slot >= cache.slots) return {-1, 0};
   if (cache.block_table == nullptr) return {sequence, slot};
-  return {__ldcg(cache.block_table + int64_t(sequence) * cache.pages + (slot >> cache.log2_page)),
-          slot & ((1 << cache.log2_page) - 1)};
+  const int page =
+      __ldcg(cache.block_table + int64_t(sequence) * cache.pages + (slot >> cache.log2_page));
+  // The maximum has the table waited for here, not where a block that may be from it is first used,
+  // which would have to wait for every load before it.
+  return {max(page, -1), slot & ((1 << cache.log2_page) - 1)};
 }
 
 // Offset of a slot's row, in elements; -1 where there is none.

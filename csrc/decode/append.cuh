@@ -7,10 +7,12 @@
 
 namespace longgen::decode {
 
-// How many new tokens a sequence gets.
+// How many new tokens a sequence gets, of those that it is said to get.
+__device__ __forceinline__ int said_tokens(const NewTokensParams& tokens, int sequence) {
+  return tokens.counts == nullptr ? tokens.n : __ldcg(tokens.counts + sequence);
+}
 __device__ __forceinline__ int new_tokens(const NewTokensParams& tokens, int sequence) {
-  return tokens.counts == nullptr ? tokens.n
-                                  : min(max(__ldcg(tokens.counts + sequence), 0), tokens.n);
+  return min(max(said_tokens(tokens, sequence), 0), tokens.n);
 }
 
 // A warp writes key and value of a sequence's new token `i`, of T, to a slot of a cache of Cached.

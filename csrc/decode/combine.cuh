@@ -5,7 +5,6 @@
 #include "attention/softmax.cuh"
 #include "decode/append.cuh"
 #include "decode/tile.cuh"
-#include "decode/warp_rows.cuh"
 #include "vector.cuh"
 
 namespace longgen::decode {

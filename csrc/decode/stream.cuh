@@ -48,7 +48,7 @@ class WarpStream {
       }
       if (has) {
         if (!whole) rows_.mask(s, position, until);
-        rows_.attend(s, [&](int, int i) -> const typename Rows::Values& { return values_[i]; });
+        rows_.attend(s, [&](int i) -> const typename Rows::Values& { return values_[i]; });
       } else if constexpr (kReadsAhead) {
 #pragma unroll
         for (int i = 0; i < kKeyLoads; ++i) Rows::load_queries(params_, tile_, q_[i], i);

@@ -4,7 +4,8 @@
 #include <cstdint>
 
 #include "attention/cache_slots.cuh"
-#include "decode/warp_rows.cuh"
+#include "decode/found.cuh"
+#include "decode/tile.cuh"
 
 namespace longgen::decode {
 
@@ -14,7 +15,6 @@ struct DecodeTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kOctets = kOctets_;
   static constexpr int kRows = 8 * kOctets;  // of the query: tokens times heads of a group
-  static constexpr int kKeyTiles = kChunk / 8;
   // One block fills a multiprocessor. A thread holds a chunk's keys and values, kHeadDim / 2
   // registers, Q and the output, 3 kHeadDim / 8 each octet, and some 50 others.
   static constexpr int kWarps = kHeadDim * kOctets <= 64 ? 16 : 8;

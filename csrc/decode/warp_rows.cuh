@@ -1,5 +1,5 @@
-// A warp's rows of the query: scores, online softmax and output against one chunk of keys after
-// another.
+// A warp's rows of the query: scores, online softmax and output against one chunk of keys in
+// registers after another.
 //
 // Which of the matrix instructions' indices stands for which element is free, and chosen so that
 // the 16 bytes that a lane reads at once are its operands. S = Q K^T has queries as rows;
@@ -23,9 +23,9 @@ class WarpRows {
   using Factors = typename Traits::Factors;
   static constexpr int kHeadDim = Traits::kHeadDim;
   static constexpr int kOctets = Traits::kOctets;
-  static constexpr int kKeyTiles = Traits::kKeyTiles;  // of 8 keys that are attended to at once
-  static constexpr int kOutTiles = kHeadDim / 16;      // of 16 elements of the output
-  static constexpr float kLag = 8.f;                   // see OnlineSoftmax
+  static constexpr int kKeyTiles = 2;              // of 8 keys, a chunk
+  static constexpr int kOutTiles = kHeadDim / 16;  // of 16 elements of the output
+  static constexpr float kLag = 8.f;               // see OnlineSoftmax
 
  public:
   static constexpr int kKeyLoads = kHeadDim / 32;        // of 16 bytes a lane, of a key
@@ -127,7 +127,7 @@ class WarpRows {
     }
   }
 
-  // Softmax and O^T += V^T P^T; `values(h, i)` is those of load `i` of the hth 16 values.
+  // Softmax and O^T += V^T P^T; `values(i)` is those of load `i`.
   template <typename OfLoad>
   __device__ __forceinline__ void attend(Scores& s, OfLoad values) {
     uint32_t weights[kOctets][kKeyTiles];
@@ -155,11 +155,8 @@ class WarpRows {
       }
     }
 #pragma unroll
-    for (int h = 0; h < kKeyTiles / 2; ++h) {
-#pragma unroll
-      for (int i = 0; i < kValueLoads; ++i) accumulate<8>(4 * i, weights, h, values(h, i));
-      if constexpr (kHalfLoad) accumulate<4>(4 * kValueLoads, weights, h, values(h, kValueLoads));
-    }
+    for (int i = 0; i < kValueLoads; ++i) accumulate<8>(4 * i, weights, values(i));
+    if constexpr (kHalfLoad) accumulate<4>(4 * kValueLoads, weights, values(kValueLoads));
   }
 
   // The output, not divided by the sum, and maximum and sum of each row.
@@ -225,11 +222,11 @@ class WarpRows {
     return grows;
   }
 
-  // O^T += V^T P^T for a load's kElements elements of 16 values: of tile first + t rows g are its
+  // O^T += V^T P^T for a load's kElements elements: of tile first + t rows g are its
   // element t, and rows g + 8 the element half a load further.
   template <int kElements>
   __device__ __forceinline__ void accumulate(int first,
-                                             const uint32_t (&weights)[kOctets][kKeyTiles], int h,
+                                             const uint32_t (&weights)[kOctets][kKeyTiles],
                                              const Values& values) {
     // Element `i` of values 2 c and 2 c + 1, or of those 8 further, as an operand.
     const auto pair = [&](int i, int further) {
@@ -242,8 +239,7 @@ class WarpRows {
       const uint32_t a[4] = {pair(t, 0), pair(t + kTiles, 0), pair(t, 1), pair(t + kTiles, 1)};
 #pragma unroll
       for (int octet = 0; octet < kOctets; ++octet)
-        sm80::multiply_add<T>(out_[octet][first + t], a, weights[octet][2 * h],
-                              weights[octet][2 * h + 1]);
+        sm80::multiply_add<T>(out_[octet][first + t], a, weights[octet][0], weights[octet][1]);
     }
   }
 
@@ -257,15 +253,6 @@ class WarpRows {
   float out_[kOctets][kOutTiles][4] = {};
   // Of queries g (+ 8): of the unscaled scores so far, or a little less; and of this lane's keys.
   float maximum_[kOctets], sum_[kOctets] = {};
-};
-
-// What a warp has found, for others to merge.
-template <int kRows, int kHeadDim>
-struct Found {
-  static constexpr int kStride = kHeadDim + 4;  // neighbouring rows begin in different banks
-  alignas(16) float out[kRows * kStride];
-  float maximum[kRows];
-  float sum[kRows];
 };
 
 }  // namespace longgen::decode

@@ -57,8 +57,15 @@ class Effort:
         return int(min(self.max_repeats, max(self.min_repeats, wanted)))
 
 
-def measure(call: Callable[[], Result], device: torch.device, effort: Effort | None = None) -> tuple[Timing, Result]:
+def measure(
+    call: Callable[[], Result],
+    device: torch.device,
+    effort: Effort | None = None,
+    after_warm_up: Callable[[], None] | None = None,
+) -> tuple[Timing, Result]:
     """Times `call` and returns what its last timed run returned, for the caller to check.
+
+    `after_warm_up` may undo what the runs before the timed ones have changed.
 
     The memory of the results is poisoned with NaN before the timed runs, so that a run which wrote nothing shows. On a
     GPU the level-2 cache is overwritten before each run, outside the timed interval. With `effort.cuda_graph` the call
@@ -77,6 +84,8 @@ def measure(call: Callable[[], Result], device: torch.device, effort: Effort | N
     assert result is not None
     poison(result)
     del result
+    if after_warm_up is not None:
+        after_warm_up()
     return timed(call, effort.repeats(seconds), device)
 
 

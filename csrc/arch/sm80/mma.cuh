@@ -33,4 +33,12 @@ __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float* d, const uint
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// An 8 x 8 matrix of 16-bit elements, of which each lane has two neighbours of row l / 4,
+// transposed.
+__device__ __forceinline__ uint32_t transposed(uint32_t x) {
+  uint32_t y;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+
 }  // namespace longgen::sm80

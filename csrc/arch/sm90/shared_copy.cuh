@@ -1,4 +1,4 @@
-// Ordinary asynchronous copies into shared memory, 16 bytes a thread, and stores of matrix
+// Ordinary asynchronous copies into shared memory, 16 bytes a thread; loads and stores of matrix
 // fragments.
 #pragma once
 
@@ -38,6 +38,24 @@ __device__ __forceinline__ void store_shared(uint32_t shared, uint4 x) {
 }
 __device__ __forceinline__ void store_shared(uint32_t shared, uint2 x) {
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(shared), "r"(x.x), "r"(x.y) : "memory");
+}
+
+// Loads four 8 x 8 matrices of 16-bit elements, rows to rows: of each a thread gets two
+// neighbouring elements of row lane / 4. Lanes 8m to 8m + 7 give the addresses of the rows (16
+// bytes) of matrix m.
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(shared)
+               : "memory");
+}
+
+// The same, transposed: two neighbouring elements of column lane / 4.
+__device__ __forceinline__ void load_transposed(uint32_t (&m)[4], uint32_t shared) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+               : "r"(shared)
+               : "memory");
 }
 
 // Stores four 8 x 8 matrices of 16-bit elements, transposed. A thread holds, of each, two

@@ -3,8 +3,8 @@
 
 #include "arch/sm80/global_load.cuh"
 #include "decode/tile.cuh"
-#include "decode/warp_rows.cuh"
 #include "params.h"
+#include "sm90/decode/warp_rows.cuh"
 
 namespace longgen::sm90 {
 
@@ -23,8 +23,8 @@ __device__ __forceinline__ const uint4* new_piece(const DecodeParams& params,
 // the chunks, behind which they would wait for microseconds.
 template <typename Traits>
 class Inputs {
-  using Rows = decode::WarpRows<Traits>;
-  static constexpr int kEach = (Rows::kKeyLoads + Traits::kWarps - 1) / Traits::kWarps;
+  static constexpr int kLoads = WarpRows<Traits>::kQueryLoads;
+  static constexpr int kEach = (kLoads + Traits::kWarps - 1) / Traits::kWarps;
   static constexpr int kPieces = Traits::kHeadDim / 8;
 
  public:
@@ -37,8 +37,7 @@ class Inputs {
   __device__ __forceinline__ void load() {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (warp_ + i * Traits::kWarps < Rows::kKeyLoads)
-        Rows::load_queries(params_, tile_, queries_[i], warp_ + i * Traits::kWarps);
+      if (warp_ + i * Traits::kWarps < kLoads) load_queries(i, warp_ + i * Traits::kWarps);
     }
     if (has_new())
       sm80::load_16_bytes(reinterpret_cast<uint32_t*>(&new_token_),
@@ -48,11 +47,18 @@ class Inputs {
   __device__ __forceinline__ void store(typename Traits::Inputs& shared) const {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (warp_ + i * Traits::kWarps >= Rows::kKeyLoads) continue;
+      if (warp_ + i * Traits::kWarps >= kLoads) continue;
 #pragma unroll
       for (int octet = 0; octet < Traits::kOctets; ++octet) {
         const auto& q = queries_[i][octet];
-        shared.queries[warp_ + i * Traits::kWarps][octet][lane_] = {q[0], q[1], q[2], q[3]};
+        uint4* const to = shared.queries[warp_ + i * Traits::kWarps][octet];
+        if constexpr (Traits::kBytes == 1) {
+          to[lane_] = {q[0], q[1], q[2], q[3]};
+        } else {  // each two elements to the lane that multiplies them
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            reinterpret_cast<uint32_t*>(to + lane_ / 4 * 4 + k)[lane_ % 4] = q[k];
+        }
       }
     }
     if (has_new()) shared.new_token[Traits::kWarps - 1 - warp_][lane_] = new_token_;
@@ -64,10 +70,29 @@ class Inputs {
     return params_.new_tokens.n > 0 && warp_ >= Traits::kWarps - 2 && lane_ < kPieces;
   }
 
+  // Zeros where there is no query.
+  __device__ __forceinline__ void load_queries(int i, int load) {
+#pragma unroll
+    for (int octet = 0; octet < Traits::kOctets; ++octet) {
+      const int row = 8 * octet + lane_ / 4;
+      uint32_t (&q)[4] = queries_[i][octet];
+      if (row < tile_.rows) {
+        const auto* const from = static_cast<const typename Traits::T*>(params_.q) +
+                                 tile_.sequence * params_.q_strides.batch +
+                                 tile_.token(params_, row) * params_.q_strides.seqlen +
+                                 tile_.head(params_, row) * params_.q_strides.head;
+        sm80::load_16_bytes(q, from + Traits::query_element(load, lane_ % 4));
+      } else {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) q[k] = 0;
+      }
+    }
+  }
+
   const DecodeParams& params_;
   const decode::Tile& tile_;
   const int warp_, lane_;
-  typename Rows::Queries queries_[kEach];
+  uint32_t queries_[kEach][Traits::kOctets][4];
   uint4 new_token_;
 };
 

@@ -15,17 +15,21 @@
 
 namespace longgen::sm90 {
 
-// Of a sequence, before and after the new tokens.
+// Of a sequence: its length, and how many new tokens it is said to get. As read: whatever is
+// computed from them waits for them.
 struct Lengths {
-  int old, end;
+  int old, said;
 
   __device__ __forceinline__ bool operator!=(const Lengths& other) const {
-    return old != other.old || end != other.end;
+    return old != other.old || said != other.said;
+  }
+  __device__ __forceinline__ int end(const NewTokensParams& tokens) const {
+    return old + min(max(said, 0), tokens.n);
   }
 };
 __device__ __forceinline__ Lengths read_lengths(const DecodeParams& params, int sequence) {
-  const int old = __ldcg(params.cache.seqlens + sequence);
-  return {old, old + decode::new_tokens(params.new_tokens, sequence)};
+  return {__ldcg(params.cache.seqlens + sequence),
+          decode::said_tokens(params.new_tokens, sequence)};
 }
 
 // Says how much the other blocks, and this one, will write here. Once, before the cluster's
@@ -86,11 +90,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   const int split = blockIdx.x, warp = decode::uniform(threadIdx.x / 32);
   const decode::Tile tile = decode::tile_of_block<Traits::kRows>(params);
+  // The length before the kernels ahead have ended is most often the one after, and what follows
+  // from it is found while they end; not so with pages, which they may move without a trace.
+  // Another block may make the sequence longer below, when all have read its length.
+  const bool paged = params.cache.block_table != nullptr;
+  Lengths lengths{}, now;
+  if (!paged) lengths = read_lengths(params, tile.sequence);
   if (threadIdx.x % 32 == 0) {
     prefetch_descriptor(maps.k);
     prefetch_descriptor(maps.v);
-    for (int i = 0; i < 2 * Traits::kStages; ++i)
-      shared.full[warp][i / 2][i % 2].init(Traits::kChunks);
+    for (int i = 0; i < Traits::kStages + (warp == Traits::kWarps - 1); ++i) {
+      shared.full[warp * Traits::kStages + i][0].init(Traits::kChunks);
+      shared.full[warp * Traits::kStages + i][1].init(Traits::kChunks);
+    }
     fence_barrier_init();
   }
   __syncwarp();
@@ -100,12 +112,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     cluster_arrive();
   }
   let_next_kernel_start();
-
-  // The length before the kernels ahead have ended is most often the one after, and what follows
-  // from it is found while they end; not so with pages, which they may move without a trace.
-  // Another block may make the sequence longer below, when all have read its length.
-  if (params.cache.block_table != nullptr) wait_for_previous_kernels();
-  Lengths lengths = read_lengths(params, tile.sequence), now = lengths;
+  if (paged) {
+    wait_for_previous_kernels();
+    lengths = read_lengths(params, tile.sequence);
+  }
+  now = lengths;
   CacheSlots slots;
   BulkStream<Traits> stream(params, maps, slots, tile, shared);
   Inputs<Traits> inputs(params, tile);
@@ -113,11 +124,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 #pragma unroll 1
   do {
     lengths = now;
-    const int p0 = lengths.old + params.q_offset;
+    const int p0 = lengths.old + params.q_offset, end = lengths.end(params.new_tokens);
     slots = CacheSlots(params.cache, tile.kv_head, p0 + tile.token(params, 0),
-                       p0 + tile.token(params, tile.rows - 1), lengths.end, lengths.old);
-    const decode::Share share = decode::share_of(slots.count(), split, params.splits);
-    stream.prepare(share);
+                       p0 + tile.token(params, tile.rows - 1), end, lengths.old);
+    stream.prepare(split, lengths.old < end);
     if (first) {
       wait_for_previous_kernels();
       now = read_lengths(params, tile.sequence);
@@ -135,11 +145,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
     ticket = decode::take_ticket(params.tickets + tile.sequence, gridDim.x * gridDim.y);
-  decode::WarpRows<Traits> rows(params, tile, factors,
-                                decode::uniform(lengths.old) + params.q_offset);
-  stream.run(lengths.old, rows);
+  stream.append(lengths.old, lengths.end(params.new_tokens));
+  const int old = decode::uniform(lengths.old);
+  WarpRows<Traits> rows(params, tile, factors, old + params.q_offset);
+  stream.run(old, rows);
   const auto found = [&](int w) -> typename Traits::Found& {
-    return *reinterpret_cast<typename Traits::Found*>(shared.ring[w]);
+    return *reinterpret_cast<typename Traits::Found*>(shared.ring[w * Traits::kStages]);
   };
   rows.store(found(warp));
   __syncthreads();
@@ -148,7 +159,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   } else {
     decode::merge_through_memory<Traits>(params, tile, factors, split, found);
   }
-  if (ticket == gridDim.x * gridDim.y - 1) params.cache.seqlens[tile.sequence] = lengths.end;
+  if (ticket == gridDim.x * gridDim.y - 1)
+    atomicAdd(params.cache.seqlens + tile.sequence,
+              decode::new_tokens(params.new_tokens, tile.sequence));
 }
 
 }  // namespace longgen::sm90

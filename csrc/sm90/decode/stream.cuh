@@ -2,13 +2,15 @@
 // the warp's own, so that no warp waits for another.
 #pragma once
 
+#include <type_traits>
+
 #include "arch/sm90/shared_copy.cuh"
 #include "arch/sm90/tma.cuh"
 #include "attention/cache_slots.cuh"
 #include "decode/append.cuh"
-#include "decode/warp_rows.cuh"
 #include "sm90/decode/inputs.cuh"
 #include "sm90/decode/traits.cuh"
+#include "sm90/decode/warp_rows.cuh"
 
 namespace longgen::sm90 {
 
@@ -23,9 +25,11 @@ template <typename Traits>
 class BulkStream {
   using T = typename Traits::T;
   using Cached = typename Traits::Cached;
-  using Rows = decode::WarpRows<Traits>;
+  using Rows = WarpRows<Traits>;
   static constexpr int kChunks = Traits::kChunks;
   static constexpr int kStride = kChunks * Traits::kWarps;  // from one pair to the warp's next
+  static constexpr int kPieces = Traits::kHeadDim / 8;      // of 8 elements, of a token
+  using NewElements = std::conditional_t<sizeof(Cached) == 1, uint2, uint4>;  // a piece's
 
  public:
   __device__ BulkStream(const DecodeParams& params, const CacheMaps& maps, const CacheSlots& slots,
@@ -34,39 +38,74 @@ class BulkStream {
         maps_(maps),
         slots_(slots),
         tile_(tile),
+        warp_(decode::uniform(threadIdx.x / 32)),
         lane_(threadIdx.x % 32),
-        ring_(shared.ring[decode::uniform(threadIdx.x / 32)]),
-        full_(shared.full[decode::uniform(threadIdx.x / 32)]),
-        inputs_(shared.inputs) {}
+        shared_(shared) {}
 
-  // Finds the warp's chunks: of each warp in turn a pair of neighbours, the last perhaps half.
-  __device__ __forceinline__ void prepare(const decode::Share& share) {
-    first_ = next_ = share.first + decode::uniform(threadIdx.x / 32) * kChunks;
-    end_ = share.last;
+  // Finds the warp's chunks of a split's share: each warp in turn has a pair of neighbours. But the
+  // sequence's last pair, if it is half or has new tokens, is apart: the last warp's first, in a
+  // stage of its own. As one more round for one of the warps it would cost the block the time of a
+  // copy, and of the mask after that.
+  __device__ __forceinline__ void prepare(int split, bool has_new) {
+    const int chunks = slots_.count(), pairs = (chunks + kChunks - 1) / kChunks;
+    const decode::Share share = decode::share_of(pairs, split, params_.splits);
+    const bool apart =
+        share.first < share.last && share.last == pairs && (has_new || chunks % kChunks != 0);
+    begin_ = share.first * kChunks;
+    end_ = (share.last - apart) * kChunks;
+    last_ = share.last * kChunks;
+    apart_ = apart && warp_ == Traits::kWarps - 1;
+    first_ = next_ = begin_ + (apart_ ? -1 : warp_) * kChunks;
     find();
   }
 
   // Asks for the first of them.
   __device__ __forceinline__ void start() {
-#pragma unroll 1
-    for (int stage = 0; stage < Traits::kStages && next_ < end_; ++stage) {
+#pragma unroll
+    for (int i = 0; i <= Traits::kStages; ++i) {
+      if (next_ >= end_ || (i == Traits::kStages && !apart_)) break;
+      const int stage = !apart_ ? i : i == 0 ? Traits::kStages : i - 1;
       fetch(stage, 0);
       fetch(stage, 1);
     }
-    classify();  // now: nothing was to come before the copies
+    classify(first_);  // now: nothing was to come before the copies
     whole_ = 0;
 #pragma unroll
-    for (int stage = 0; stage < Traits::kStages; ++stage)
-      whole_ |= (wholes_ >> kChunks * stage & 1) << stage;
+    for (int i = 0; i <= Traits::kStages; ++i) {
+      if (i < Traits::kStages || apart_) whole_ |= (wholes_ >> kChunks * i & 1) << i;
+    }
   }
 
   // Waits for what `start` asked for, so that it can be called again.
   __device__ __forceinline__ void drop() {
+    int stage = 0;
 #pragma unroll 1
-    for (int stage = 0; first_ + stage * kStride < next_; ++stage) {
-      full_[stage][0].wait(parity_ >> stage & 1);
-      full_[stage][1].wait(parity_ >> stage & 1);
-      parity_ ^= 1u << stage;
+    for (int pair = first_; pair < next_; pair += kStride) {
+      const int at = pair < begin_ ? Traits::kStages : stage++;
+      full(at, 0).wait(parity_ >> at & 1);
+      full(at, 1).wait(parity_ >> at & 1);
+      parity_ ^= 1u << at;
+    }
+  }
+
+  // Writes the new tokens of the share to the cache. Where the chunks are read they are put over
+  // what was copied, so it does not matter what that was. Blocks of other row tiles write the same.
+  __device__ __forceinline__ void append(int fresh, int end) const {
+#pragma unroll 1
+    for (int i = warp_; i < end - fresh; i += Traits::kWarps) {
+      const int chunk = slots_.chunk_of(fresh + i);
+      if (chunk < begin_ || chunk >= last_) continue;
+      const int64_t target =
+          slot_offset(params_.cache, tile_.sequence, tile_.kv_head, slots_.slot(fresh + i, end));
+      if (target < 0) continue;
+#pragma unroll
+      for (int first = 0; first < 2 * kPieces; first += 32) {
+        const int half = (first + lane_) / kPieces, piece = (first + lane_) % kPieces;
+        if (half > 1) continue;
+        const NewElements elements = new_elements(half, i, piece);
+        Cached* const cache = static_cast<Cached*>(half == 0 ? params_.cache.k : params_.cache.v);
+        *reinterpret_cast<NewElements*>(cache + target + 8 * piece) = elements;
+      }
     }
   }
 
@@ -74,8 +113,9 @@ class BulkStream {
   __device__ __forceinline__ void run(int fresh, Rows& rows) {
     int stage = 0;
 #pragma unroll 1
-    for (int chunk = first_; chunk < end_; chunk += kStride) {
-      attend(chunk, stage, fresh, rows);
+    for (int pair = first_; pair < end_; pair += kStride) {
+      attend(pair, stage, fresh, rows);
+      if (pair < begin_) continue;
       parity_ ^= 1u << stage;
       if (++stage == Traits::kStages) stage = 0;
     }
@@ -85,188 +125,155 @@ class BulkStream {
   // Copies keys (half 0) or values (half 1) of the next pair to the stage. After the values, the
   // pair after it is the next.
   __device__ __forceinline__ void fetch(int stage, int half) {
-    if (half == 0 && found_ == 32) {
-      find();
-      classify();
-    }
     if (unsigned(lane_ - found_) < kChunks) {  // a lane copies the chunk that it has found
-      Mbarrier& full = full_[stage][half];
-      if (found_at_ < end_) {
-        full.arrive_and_expect(Traits::kChunkBytes);
+      Mbarrier& barrier = full(stage, half);
+      if (place_.row >= 0) {
+        barrier.arrive_and_expect(Traits::kChunkBytes);
         char* const to =
-            ring_[stage] + half * Traits::kHalfBytes + lane_ % kChunks * Traits::kChunkBytes;
+            ring(stage) + half * Traits::kHalfBytes + lane_ % kChunks * Traits::kChunkBytes;
 #pragma unroll
         for (int box = 0; box < Traits::kBoxes; ++box)
-          copy_box(half == 0 ? maps_.k : maps_.v, full, to + box * Traits::kBoxBytes,
+          copy_box(half == 0 ? maps_.k : maps_.v, barrier, to + box * Traits::kBoxBytes,
                    Traits::kBoxElements * box, place_.row, tile_.kv_head, place_.block);
       } else {
-        full.arrive();
+        barrier.arrive();
       }
     }
     if (half == 0) return;
-    whole_ = (whole_ & ~(1u << stage)) | (wholes_ >> found_ & 1) << stage;
+    whole_ |= (wholes_ >> found_ & 1) << (Traits::kStages - 1);
     found_ += kChunks;
     next_ += kStride;
+    if (found_ == 32) {
+      find();
+      classify(next_);
+    }
   }
 
   // Each lane finds one of the next 32. Rows outside the cache become zeros, all of them where
   // there is no page.
   __device__ __forceinline__ void find() {
-    found_at_ = next_ + lane_ / kChunks * kStride + lane_ % kChunks;
-    place_ = place_of(params_.cache, tile_.sequence, slots_.first_slot(found_at_));
+    const int chunk = found_at(next_);
+    place_ = place_of(params_.cache, tile_.sequence, slots_.first_slot(chunk));
+    if (chunk >= slots_.count()) place_.row = -1;
     found_ = 0;
   }
-  __device__ __forceinline__ void classify() {
-    wholes_ = __ballot_sync(0xffffffff,
-                            found_at_ < end_ && slots_.is_whole(found_at_) && place_.block >= 0);
+  __device__ __forceinline__ void classify(int next) {
+    wholes_ = __ballot_sync(
+        0xffffffff, place_.row >= 0 && place_.block >= 0 && slots_.is_whole(found_at(next)));
     wholes_ &= wholes_ >> 1;
   }
 
-  __device__ __forceinline__ void attend(int chunk, int stage, int fresh, Rows& rows) {
-    const uint32_t keys_at = shared_address(ring_[stage]);
+  // A stage of this warp, and its barriers: of keys, of values.
+  __device__ __forceinline__ char* ring(int stage) const {
+    return shared_.ring[warp_ * Traits::kStages + stage];
+  }
+  __device__ __forceinline__ Mbarrier& full(int stage, int half) const {
+    return shared_.full[warp_ * Traits::kStages + stage][half];
+  }
+
+  __device__ __forceinline__ int found_at(int next) const {
+    return chunk_of(next + lane_ / kChunks * kStride) + lane_ % kChunks;
+  }
+
+  // The first chunk of a pair: the one apart stands before all others.
+  __device__ __forceinline__ int chunk_of(int pair) const { return pair < begin_ ? end_ : pair; }
+
+  __device__ __forceinline__ void attend(int pair, int stage, int fresh, Rows& rows) {
+    const bool in_ring = pair >= begin_;
+    const int at = in_ring ? stage : Traits::kStages;
+    const uint32_t keys_at = shared_address(ring(at));
     const uint32_t values_at = keys_at + Traits::kHalfBytes;
-    const bool whole = whole_ >> stage & 1;
-    int position = 0, until = -1;
-    CacheSlots::Token token{0, -1, -1};
-    if (!whole) {  // each lane has a row
-      chunk += lane_ / kChunk;
-      if (chunk < end_) token = slots_.token(chunk, lane_ % kChunk);
-      position = token.position;
-      until = is_there(token.slot) ? token.until : -1;
-    }
-    const uint32_t parity = parity_ >> stage & 1;
-    const bool more = next_ < end_;
-    full_[stage][0].wait(parity);
-    if (!whole) complete(0, keys_at, token, until, fresh);
+    const bool whole = whole_ & 1;
+    whole_ >>= 1;
+    Partial partial;
+    if (!whole) partial = look_at(chunk_of(pair));
+    const uint32_t parity = parity_ >> at & 1;
+    const bool more = in_ring && next_ < end_;
+    // The next keys are asked for as soon as these are read; but where big blocks follow each other
+    // on each multiprocessor, when the values have come: memory is 0.2 to 0.6% faster so.
+    const bool at_once = Traits::kSmall || Traits::kBytes == 1 || params_.splits > 1;
+    full(at, 0).wait(parity);
+    if (!whole) complete(0, keys_at, partial, fresh);
 
-    const int c = lane_ % 4;
     typename Rows::Scores s;
-    typename Rows::Keys keys[Traits::kBytes == 1 ? 2 : 1];
-    typename Rows::Queries q;
-    rows.score(
-        s, [&](int i) -> const typename Rows::Keys& { return load_keys(keys, keys_at, i); },
-        [&](int i) -> const typename Rows::Queries& {
-#pragma unroll
-          for (int octet = 0; octet < Traits::kOctets; ++octet)
-            load_shared_16_bytes(q[octet], shared_address(&inputs_.queries[i][octet][lane_]));
-          return q;
-        });
+    rows.score(s, keys_at, shared_.inputs);
     __syncwarp();  // all have read the keys
-    if (more) fetch(stage, 0);
-    if (!whole) rows.mask(s, position, until);
+    if (more && at_once) fetch(stage, 0);
+    if (!whole) rows.mask(s, partial.position, partial.until);
 
-    full_[stage][1].wait(parity);
-    if (!whole) complete(1, values_at, token, until, fresh);
+    full(at, 1).wait(parity);
+    if (more && !at_once) fetch(stage, 0);
+    if (!whole) complete(1, values_at, partial, fresh);
 
-    typename Rows::Values values;
-    rows.attend(s, [&](int h, int i) -> const typename Rows::Values& {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t at =
-            values_at + swizzled(16 * h + 2 * c + j % 2 + j / 2 * 8, rows.value_element(i));
-        if constexpr (Traits::kBytes == 1) {
-          uint32_t x[2];
-          load_shared_8_bytes(x, at);
-          decode::from_fp8<T>(values[j], x[0], x[1]);
-        } else if (i < Rows::kValueLoads) {
-          load_shared_16_bytes(values[j], at);
-        } else {
-          load_shared_8_bytes(values[j], at);
-        }
-      }
-      return values;
-    });
+    rows.attend(s, values_at);
     __syncwarp();
     if (more) fetch(stage, 1);
   }
 
-  // The keys of load `i`. 16 bytes of an e4m3 key are those of two loads, of which the first reads.
-  __device__ __forceinline__ const typename Rows::Keys& load_keys(
-      typename Rows::Keys (&keys)[Traits::kBytes == 1 ? 2 : 1], uint32_t at, int i) const {
-    const int g = lane_ / 4, c = lane_ % 4;
-#pragma unroll
-    for (int j = 0; j < Traits::kKeyTiles; ++j) {
-      const uint32_t from = at + swizzled(g + 8 * j, Traits::key_element(i, c));
-      if constexpr (Traits::kBytes == 2) {
-        load_shared_16_bytes(keys[0][j], from);
-      } else if (i % 2 == 0) {
-        uint32_t x[4];
-        load_shared_16_bytes(x, from);
-        decode::from_fp8<T>(keys[0][j], x[0], x[1]);
-        decode::from_fp8<T>(keys[1][j], x[2], x[3]);
-      }
-    }
-    return keys[Traits::kBytes == 1 ? i % 2 : 0];
+  // Of a pair that is not whole, in each lane a row: its token's position, and the last one that
+  // sees it; -1: there is none.
+  struct Partial {
+    int position, until;
+  };
+  __device__ __forceinline__ Partial look_at(int chunk) const {
+    chunk += lane_ / kChunk;
+    CacheSlots::Token token{0, -1, -1};
+    if (chunk < slots_.count()) token = slots_.token(chunk, lane_ % kChunk);
+    const bool is_there = place_of(params_.cache, tile_.sequence, token.slot).block >= 0;
+    return {token.position, is_there ? token.until : -1};
   }
 
   // Writes the new tokens' rows to keys or values, and zeros to the values that no query sees: what
   // lies there (NaN, another sequence's token) would reach the output with weight 0.
-  __device__ __forceinline__ void complete(int half, uint32_t at, const CacheSlots::Token& token,
-                                           int until, int fresh) const {
-    constexpr int kPieces = Traits::kHeadDim / 8;  // of 16 bytes of T, of a row
+  __device__ __forceinline__ void complete(int half, uint32_t at, const Partial& partial,
+                                           int fresh) const {
     if (half == 1) {
       constexpr int kEach = 16 / Traits::kBytes, kZeros = Traits::kHeadDim / kEach;
-      const uint32_t absent = __ballot_sync(0xffffffff, until < 0);
+      const uint32_t absent = __ballot_sync(0xffffffff, partial.until < 0);
 #pragma unroll
       for (int i = 0; i < 32 * kZeros; i += 32) {
         const int row = (i + lane_) / kZeros, column = (i + lane_) % kZeros * kEach;
-        if ((absent >> row & 1) != 0) store_shared(at + swizzled(row, column), uint4{});
+        if ((absent >> row & 1) != 0) store_shared(at + Traits::swizzled(row, column), uint4{});
       }
     }
-    uint32_t written = __ballot_sync(0xffffffff, until >= 0 && token.position >= fresh);
+    const int new_token = partial.position - fresh;
+    uint32_t written = __ballot_sync(0xffffffff, partial.until >= 0 && new_token >= 0);
 #pragma unroll 1
     for (; written != 0; written &= written - 1) {
       const int row = __ffs(written) - 1;
-      const int i = __shfl_sync(0xffffffff, token.position, row) - fresh;
-      const int slot = __shfl_sync(0xffffffff, token.slot, row);
-      if (lane_ >= kPieces) continue;
-      const int64_t target =
-          slot_offset(params_.cache, tile_.sequence, tile_.kv_head, slot) + 8 * lane_;
-      const uint4 x =
-          i == 0 ? inputs_.new_token[half][lane_] : *new_piece(params_, tile_, half, i, lane_);
-      const auto store = [&](auto elements) {
-        store_shared(at + swizzled(row, 8 * lane_), elements);
-        void* const cache = half == 0 ? params_.cache.k : params_.cache.v;
-        *reinterpret_cast<decltype(elements)*>(static_cast<Cached*>(cache) + target) = elements;
-      };
-      if constexpr (Traits::kBytes == 1) {
-        const float scale = (half == 0 ? params_.scales.k : params_.scales.v)[tile_.kv_head];
-        store(decode::to_fp8<T>(x, 1.f / scale));
-      } else {
-        store(x);
-      }
+      const int i = __shfl_sync(0xffffffff, new_token, row);
+      if (lane_ < kPieces)
+        store_shared(at + Traits::swizzled(row, 8 * lane_), new_elements(half, i, lane_));
     }
     fence_async_proxy();  // before the next copy to this place
     __syncwarp();
   }
 
-  __device__ __forceinline__ bool is_there(int slot) const {
-    return place_of(params_.cache, tile_.sequence, slot).block >= 0;
-  }
-
-  // Where a row's element lies from the first box. Pieces of 16 bytes are exchanged by the number
-  // of the 128 bytes that they lie in.
-  static __device__ __forceinline__ uint32_t swizzled(int row, int element) {
-    constexpr int kBox = Traits::kBoxElements, kRow = Traits::kRowBytes;
-    return row / kChunk * Traits::kChunkBytes + element / kBox * Traits::kBoxBytes +
-           row % kChunk * kRow +
-           ((element % kBox * Traits::kBytes) ^ (row * kRow / 128 % (kRow / 16) * 16));
+  // A piece of a new token's key (half 0) or value, as the cache has it.
+  __device__ __forceinline__ NewElements new_elements(int half, int i, int piece) const {
+    const uint4 x =
+        i == 0 ? shared_.inputs.new_token[half][piece] : *new_piece(params_, tile_, half, i, piece);
+    if constexpr (Traits::kBytes == 1) {
+      const float scale = (half == 0 ? params_.scales.k : params_.scales.v)[tile_.kv_head];
+      return decode::to_fp8<T>(x, 1.f / scale);
+    } else {
+      return x;
+    }
   }
 
   const DecodeParams& params_;
   const CacheMaps& maps_;
   const CacheSlots& slots_;
   const decode::Tile& tile_;
-  const int lane_;
-  char (&ring_)[Traits::kStages][Traits::kStageBytes];
-  Mbarrier (&full_)[Traits::kStages][2];
-  const typename Traits::Inputs& inputs_;
-  int first_, next_, end_;  // chunks: the first, the next to fetch
+  const int warp_, lane_;
+  typename Traits::Shared& shared_;
+  int begin_, end_, last_;  // chunks: the first, the one apart or after all, after that
+  int first_, next_;        // of this warp's pairs, the next to fetch
+  bool apart_;              // whether the first is the one apart
   uint32_t parity_ = 0;     // of each stage's next phase
-  uint32_t whole_;          // stages whose pair is whole
+  uint32_t whole_;          // which of the pairs on their way are whole, in their order
   // 32 chunks, one in each lane, and where it lies; the bits of the first of pairs that are whole;
   // the lane of the next to fetch.
-  int found_at_;
   Place place_;
   uint32_t wholes_;
   int found_;

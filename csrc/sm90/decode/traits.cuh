@@ -5,7 +5,8 @@
 
 #include "arch/sm90/barrier.cuh"
 #include "attention/cache_slots.cuh"
-#include "decode/warp_rows.cuh"
+#include "decode/found.cuh"
+#include "decode/tile.cuh"
 
 namespace longgen::sm90 {
 
@@ -36,18 +37,26 @@ struct DecodeTraits {
   // A warp attends to neighbouring chunks at once, a row for each lane: it waits half as often, and
   // asks for more at once.
   static constexpr int kChunks = 2;
-  static constexpr int kKeyTiles = kChunks * kChunk / 8;
   static constexpr int kHalfBytes = kChunks * kChunkBytes;
   static constexpr int kStageBytes = 2 * kHalfBytes;
   // 128 KB on their way in a multiprocessor, or 160 in small blocks: less leaves memory idle, more
   // makes what a block waits for first arrive later.
   static constexpr int kStages = (kHeadDim <= 128 ? 16 : 32) * 1024 / kStageBytes;
 
-  // 16 bytes of the swizzled rows that eight neighbouring lanes read lie in different banks, but
-  // for the odd load of head_dim 96. In e4m3 they are those of two loads, i and i + 1.
-  static __device__ __forceinline__ int key_element(int i, int c) {
-    if constexpr (kBytes == 1) return kHeadDim / 4 * c + 8 * i;
-    return i / 2 * 2 + 1 < kHeadDim / 32 ? 64 * (i / 2) + 16 * c + 8 * (i % 2) : 32 * i + 8 * c;
+  // Where a row's element lies from the first box. Pieces of 16 bytes are exchanged by the number
+  // of the 128 bytes that they lie in, so that those of eight neighbouring rows are in different
+  // banks.
+  static __device__ __forceinline__ uint32_t swizzled(int row, int element) {
+    return row / kChunk * kChunkBytes + element / kBoxElements * kBoxBytes +
+           row % kChunk * kRowBytes +
+           ((element % kBoxElements * kBytes) ^ (row * kRowBytes / 128 % (kRowBytes / 16) * 16));
+  }
+
+  // Of the queries' elements, the first of the 8 that lane 4 * g + c reads with its load `i`. Those
+  // that it multiplies are the same where keys are converted, but in 16 bits 8 * k + 2 * c and the
+  // next, of the same 32, as matrices are loaded.
+  static __device__ __forceinline__ int query_element(int i, int c) {
+    return kBytes == 1 ? kHeadDim / 4 * c + 8 * i : 32 * i + 8 * c;
   }
 
   struct Inputs {
@@ -56,15 +65,17 @@ struct DecodeTraits {
   };
   using Factors = decode::Factors<T, Cached>;
   using Found = decode::Found<kRows, kHeadDim>;
+  // Stages of all warps, and one more of the last.
+  static constexpr int kAllStages = kWarps * kStages + 1;
   struct Shared {
-    alignas(1024) char ring[kWarps][kStages][kStageBytes];  // in the end a warp's Found
+    alignas(1024) char ring[kAllStages][kStageBytes];  // in the end each warp's Found
     Inputs inputs;
     // (block, pair of this block's slice): slices are powers of 2, and together less than twice the
     // power of 2 that holds all pairs.
     float2 part_out[kMaxCluster == 1 ? 1 : kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
-    Mbarrier full[kWarps][kStages][2];  // of keys, of values
+    Mbarrier full[kAllStages][2];  // of keys, of values
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kChunks * kChunk == 32, "each lane has a row");

@@ -1,0 +1,16 @@
+// What a warp has found, on its way to where it is merged.
+#pragma once
+
+namespace longgen::decode {
+
+// Of a tile's rows: outputs, not divided by the sums of their weights, which are relative to the
+// maxima of the unscaled scores.
+template <int kRows, int kHeadDim>
+struct Found {
+  static constexpr int kStride = kHeadDim + 4;  // neighbouring rows begin in different banks
+  alignas(16) float out[kRows * kStride];
+  float maximum[kRows];
+  float sum[kRows];
+};
+
+}  // namespace longgen::decode
