@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Bars = Mapping[str, Mapping[str, float | None]]  # heights by series and label
 
-COLOURS = ("#2a6f97", "#e07a5f", "#8d99ae", "#3d405b", "#81b29a")
+COLOURS = ("#2a6f97", "#e07a5f", "#8d99ae", "#3d405b", "#81b29a", "#f2cc8f")
 PASSES = {"fwd": "forward", "bwd": "backward", "step": ""}
 _KEY = "Fingerprint"  # of the PNG's text chunk
 

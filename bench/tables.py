@@ -147,6 +147,7 @@ TABLES = (
             "with append": "cuda_append",
             "e4m3 cache": "cuda_fp8",
             "cuDNN": "cudnn",
+            "cuDNN with append": "cudnn_append",
             "PyTorch's FlashAttention-2": "fa2_sdpa",
         },
         rows={

@@ -16,8 +16,8 @@ from bench.pictures import COLOURS, Picture
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BLUE, ORANGE, GREY, DARK, _ = COLOURS
-GREEN, SAND = "#81b29a", "#f2cc8f"
+BLUE, ORANGE, GREY, DARK, GREEN, SAND = COLOURS
+
 PALE = {BLUE: "#c3d9e6", ORANGE: "#f6d5cb", GREEN: "#d5e5dc", GREY: "#dde1e8"}
 EMPTY = "#f2f2f2"
 KINDS = {"window": BLUE, "sink": GREEN, "strided": ORANGE}  # of keys
