@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const typename Traits::Factors factors(params, tile.kv_head);
   inputs.store(shared.inputs);
   __syncthreads();
-  // Every thread has read the length. The last block of the sequence to come here replaces it, in
-  // the end: meanwhile the answer is on its way.
+  // Every thread has read the length. The last block of the sequence to come here adds the new
+  // tokens to it, in the end: meanwhile the answer is on its way.
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
     ticket = decode::take_ticket(params.tickets + tile.sequence, gridDim.x * gridDim.y);
