@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 # `bench` is run from the repository's root and is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -195,6 +197,22 @@ def test_flashinfer_decodes_as_many_keys_as_are_kept(monkeypatch: pytest.MonkeyP
     ((k, lengths),) = Decoder.runs
     assert lengths.tolist() == [71, 71]
     assert k.shape == (2 * 5, 16, 2, 16)
+
+
+def test_pytorchs_attention_may_write_its_token_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All zeros but the new value, of which each query takes its share."""
+    case = decode.DecodeCase("tiny", AttentionPattern.sink_window(4, 60), 2, 4, 2, 16, seen=500, dtype=torch.float32)
+
+    def zeros_or_a_token(case: decode.DecodeCase, device: torch.device, tokens: int, heads: int) -> torch.Tensor:
+        return torch.full((case.batch, tokens, heads, case.head_dim), float(tokens == 1), device=device)
+
+    monkeypatch.setattr(decode, "_normal", zeros_or_a_token)
+    for append, want in ((False, 0.0), (True, 1.0)):
+        steps = decode.sdpa(SDPBackend.MATH, append)(case, CPU)
+        out = steps[0]()
+        weight = math.exp(4.0) / (math.exp(4.0) + case.kept - 1)  # 16 products of 1, times 16 ** -0.5
+        assert out.shape == (2, 4, 1, 16)
+        assert torch.allclose(out, torch.full_like(out, want * weight))
 
 
 @pytest.mark.parametrize("peer", ["flash_attn", "fa3"])
