@@ -7,12 +7,15 @@
 
 namespace longgen::decode {
 
-// How many new tokens a sequence gets, of those that it is said to get.
+// How many new tokens a sequence is said to get, and how many it gets of these.
 __device__ __forceinline__ int said_tokens(const NewTokensParams& tokens, int sequence) {
   return tokens.counts == nullptr ? tokens.n : __ldcg(tokens.counts + sequence);
 }
+__device__ __forceinline__ int tokens_of_said(const NewTokensParams& tokens, int said) {
+  return min(max(said, 0), tokens.n);
+}
 __device__ __forceinline__ int new_tokens(const NewTokensParams& tokens, int sequence) {
-  return min(max(said_tokens(tokens, sequence), 0), tokens.n);
+  return tokens_of_said(tokens, said_tokens(tokens, sequence));
 }
 
 // A warp writes key and value of a sequence's new token `i`, of T, to a slot of a cache of Cached.

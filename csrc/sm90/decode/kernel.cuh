@@ -24,7 +24,7 @@ struct Lengths {
     return old != other.old || said != other.said;
   }
   __device__ __forceinline__ int end(const NewTokensParams& tokens) const {
-    return old + min(max(said, 0), tokens.n);
+    return old + decode::tokens_of_said(tokens, said);
   }
 };
 __device__ __forceinline__ Lengths read_lengths(const DecodeParams& params, int sequence) {

@@ -7,7 +7,6 @@
 #pragma once
 
 #include "arch/pack.cuh"
-#include "arch/sm80/global_load.cuh"
 #include "arch/sm80/mma.cuh"
 #include "arch/sm90/shared_copy.cuh"
 #include "attention/softmax.cuh"
@@ -26,7 +25,6 @@ class WarpRows {
   static constexpr int kOctets = Traits::kOctets;
   static constexpr int kKeyTiles = Traits::kChunks;  // of 16 keys
   static constexpr int kOutTiles = kHeadDim / 16;    // of 16 elements
-  static constexpr float kLag = 8.f;                 // see OnlineSoftmax
   static constexpr unsigned kAll = 0xffffffff;
 
  public:
@@ -250,7 +248,7 @@ class WarpRows {
 
   // -inf minus -inf is NaN: no.
   __device__ __forceinline__ bool grown(int octet, int e, float largest) const {
-    return (largest - maximum_[octet][e]) * scale_ > kLag;
+    return (largest - maximum_[octet][e]) * scale_ > OnlineSoftmax::kLag;
   }
 
   // Makes the scores' maxima the reference where those have grown. A query that has seen nothing
