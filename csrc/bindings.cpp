@@ -313,8 +313,8 @@ PYBIND11_MODULE(_C, m) {
            Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
            Address tickets, int n, int q_heads, int q_offset, float softmax_scale, Address q,
            const Strides& q_strides, Address out, Address lse, int splits, bool starts_early,
-           bool bulk, bool clustered, bool small_blocks, Address part_out, Address part_weights,
-           Address stream) {
+           bool bulk, bool clustered, bool small_blocks, int persistent_blocks, Address part_out,
+           Address part_weights, Address stream) {
           DecodeParams params{};
           params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
                                       pages, log2_page, pool_pages, dtype, k_cache, v_cache,
@@ -335,6 +335,7 @@ PYBIND11_MODULE(_C, m) {
           params.bulk = bulk;
           params.clustered = clustered;
           params.small_blocks = small_blocks;
+          params.persistent_blocks = persistent_blocks;
           params.part_out = reinterpret_cast<float*>(part_out);
           params.part_weights = reinterpret_cast<float*>(part_weights);
           params.stream = as_stream(stream);

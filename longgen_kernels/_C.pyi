@@ -80,6 +80,7 @@ def attn_decode(
     bulk: bool,
     clustered: bool,
     small_blocks: bool,
+    persistent_blocks: int,
     part_out: int,
     part_weights: int,
     stream: int,

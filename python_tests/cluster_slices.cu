@@ -47,9 +47,9 @@ int check() {
 
 template <typename Cached, int kHeadDim>
 int check_rows() {
-  int wrong = check<DecodeTraits<__nv_bfloat16, Cached, kHeadDim, 1, false>>();
+  int wrong = check<DecodeTraits<__nv_bfloat16, Cached, kHeadDim, 1, Blocks::kBig>>();
   if constexpr (kHeadDim <= 128) {
-    if (wrong == 0) wrong = check<DecodeTraits<__nv_bfloat16, Cached, kHeadDim, 2, false>>();
+    if (wrong == 0) wrong = check<DecodeTraits<__nv_bfloat16, Cached, kHeadDim, 2, Blocks::kBig>>();
   }
   return wrong;
 }

@@ -25,6 +25,9 @@ WAYS = {  # whether through shared memory, and how the work is divided
     "small blocks": (True, Division(1, small_blocks=True)),
     "small blocks that do not start early": (True, Division(1, small_blocks=True, starts_early=False)),
     "small blocks, through memory": (True, Division(4, small_blocks=True)),
+    "persistent blocks": (True, Division(1, persistent_blocks=132)),
+    "three persistent blocks": (True, Division(1, persistent_blocks=3)),
+    "more persistent blocks than pairs of chunks": (True, Division(1, persistent_blocks=1000)),
     "to registers": (False, Division(1)),
     "to registers, through memory": (False, Division(6)),
 }
@@ -104,14 +107,15 @@ def test_steps_of_one_cache_in_a_graph(way: str, n: int, poison: Any, monkeypatc
     assert cache.seqlens.tolist() == model.lengths
 
 
-def cache_of(kv_heads: int, slots: int, head_dim: int = 128) -> CacheTensors:
-    k = torch.empty(1, kv_heads, slots, head_dim, dtype=torch.bfloat16, device="meta")
-    layout = CacheLayout.compact(PATTERNS["causal"])
-    return CacheTensors(k, k, torch.zeros(1, dtype=torch.int32, device="meta"), layout)
+def cache_of(kv_heads: int, slots: int, batch: int = 1, kind: str = "causal") -> CacheTensors:
+    k = torch.empty(batch, kv_heads, slots, 128, dtype=torch.bfloat16, device="meta")
+    layout = CacheLayout.compact(PATTERNS[kind])
+    return CacheTensors(k, k, torch.zeros(batch, dtype=torch.int32, device="meta"), layout)
 
 
 CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 4, 8))
 SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for early in (True, False))
+PERSISTENT = Division(1, persistent_blocks=132)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,11 @@ SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for 
         (8, 131072, Division(16)),
         (64, 64, Division(1)),
         (132, 9232, Division(1)),
-        (198, 9232, Division(2)),  # small blocks would fill 3/4 of their places
+        (198, 2064, Division(2)),  # small blocks would fill 3/4 of their places
+        (198, 9232, PERSISTENT),
+        (160, 9232, PERSISTENT),
+        (100, 9232, PERSISTENT),
+        (32, 131072, PERSISTENT),
         (256, 2064, SMALL),
         (264, 9232, SMALL_AND_LATE),
         (512, 9232, SMALL),
@@ -133,11 +141,53 @@ SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for 
     ],
 )
 def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
-    """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all, small blocks for many tiles."""
+    """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all, small blocks for many tiles, and
+    persistent ones for what is long or does not come out even."""
     assert decode._division(cache_of(kv_heads, slots), kv_heads, 132, True) == want
     division = decode._division(cache_of(kv_heads, slots), kv_heads, 132, False)
     assert division == Division(division.splits)
-    assert division.splits * kv_heads <= max(132, kv_heads) * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "kv_heads", "slots", "want"),
+    [
+        ("causal", 8, 8, 131072, PERSISTENT),
+        ("causal", 8, 8, 9232, PERSISTENT),
+        ("strided blocks", 8, 8, 9232, Division(2)),  # sequences of whatever length keep about as much
+        ("causal", 8, 8, 2064, Division(2)),
+        ("causal", 8, 32, 9232, SMALL_AND_LATE),
+        ("causal", 8, 32, 32768, PERSISTENT),
+        ("causal", 32, 32, 131072, PERSISTENT),
+        ("causal", 33, 32, 131072, Division(1)),  # a lane of a warp knows the length of one sequence
+    ],
+)
+def test_how_sequences_that_may_differ_in_length_are_divided(
+    kind: str, batch: int, kv_heads: int, slots: int, want: Division
+) -> None:
+    assert decode._division(cache_of(kv_heads, slots, batch, kind), batch * kv_heads, 132, True) == want
+
+
+def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> None:
+    cache = cache_of(8, 131072, 8, "strided blocks")
+    assert decode._division(cache, 64, 132, True) == PERSISTENT
+    plain = cache._replace(layout=CacheLayout(PATTERNS["strided blocks"]))
+    assert decode._division(plain, 64, 132, True) == Division(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("kind", ["causal", "strided blocks with per-head phases"])
+def test_ragged_batches_of_persistent_blocks(kind: str, n: int, poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 sequences, as many as there may be, from none to thousands of tokens; twice the same bits."""
+    take("persistent blocks", monkeypatch)
+    lengths = [int(3000 * (i / 31) ** 3) for i in range(32)]
+    model, cache = model_and_cache(PATTERNS[kind], "cuda", poison, batch=32, max_seqlen=3100)
+    prefill(model, cache, lengths, "cuda")
+    step(model, cache, n, "cuda")
+    q, k, v = new_tokens(model, n, 4)
+    other = SparseKVCache.from_state_dict(cache.state_dict())
+    first, again = (longgen_attn_with_kvcache(q, c, k, v, return_lse=True, backend="cuda") for c in (cache, other))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
 def test_one_tokens_keys_and_values_are_not_copied() -> None:

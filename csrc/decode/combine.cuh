@@ -84,58 +84,66 @@ __device__ __forceinline__ void store_result(const DecodeParams& params, const T
 template <typename Traits>
 class GlobalParts {
  public:
-  __device__ GlobalParts(const DecodeParams& params, const Tile& tile)
-      : first_(tile.index * params.splits * Traits::kRows),
-        out_(params.part_out),
-        weights_(reinterpret_cast<float2*>(params.part_weights)) {}
+  __device__ explicit GlobalParts(const DecodeParams& params)
+      : out_(params.part_out), weights_(reinterpret_cast<float2*>(params.part_weights)) {}
 
-  __device__ __forceinline__ void store(int split, int row, int column, const Part& part) const {
-    const int64_t i = first_ + split * Traits::kRows + row;
+  __device__ __forceinline__ void store(int64_t place, int row, int column,
+                                        const Part& part) const {
+    const int64_t i = place * Traits::kRows + row;
     *reinterpret_cast<float2*>(out_ + i * Traits::kHeadDim + column) = part.out;
     if (column == 0) weights_[i] = {part.offset, part.sum};
   }
 
-  __device__ __forceinline__ Part load(int split, int row, int column) const {
-    const int64_t i = first_ + split * Traits::kRows + row;
+  __device__ __forceinline__ Part load(int64_t place, int row, int column) const {
+    const int64_t i = place * Traits::kRows + row;
     const float2 weights = __ldcg(weights_ + i);
     return {weights.x, weights.y,
             __ldcg(reinterpret_cast<const float2*>(out_ + i * Traits::kHeadDim + column))};
   }
 
  private:
-  int64_t first_;
   float* out_;
   float2* weights_;
 };
 
 // Merges what the warps of this block have found, and then, in the last block of the tile, what the
-// splits have. `found(w)` is what a warp has.
-template <typename Traits, typename OfWarp>
+// `count` blocks have that share it. `found(w)` is what a warp has; `place_of(p)` where the part of
+// the p-th block lies, of which this is number `mine`.
+template <typename Traits, typename OfWarp, typename PlaceOf>
 __device__ __forceinline__ void merge_through_memory(const DecodeParams& params, const Tile& tile,
                                                      const typename Traits::Factors& factors,
-                                                     int split, OfWarp found) {
+                                                     int mine, int count, OfWarp found,
+                                                     PlaceOf place_of) {
   using T = typename Traits::T;
   constexpr int kAtOnce = 16;
   const float factor = factors.out;
-  const GlobalParts<Traits> parts(params, tile);
+  const GlobalParts<Traits> parts(params);
   for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
     const Part part = merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
       return part_of(found(w), row, column, factors.scores(params));
     });
-    if (params.splits == 1) {
+    if (count == 1) {
       store_result<T>(params, tile, row, column, part, factor);
     } else {
-      parts.store(split, row, column, part);
+      parts.store(place_of(mine), row, column, part);
     }
   });
-  if (params.splits == 1 ||
-      !is_last(params.tickets + params.cache.batch + tile.index, params.splits))
-    return;
+  if (count == 1 || !is_last(params.tickets + params.cache.batch + tile.index, count)) return;
   for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
     store_result<T>(
         params, tile, row, column,
-        merge<kAtOnce>(params.splits, [&](int s) { return parts.load(s, row, column); }), factor);
+        merge<kAtOnce>(count, [&](int p) { return parts.load(place_of(p), row, column); }), factor);
   });
+}
+
+// The same where each tile has params.splits.
+template <typename Traits, typename OfWarp>
+__device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile,
+                                             const typename Traits::Factors& factors, int split,
+                                             OfWarp found) {
+  const int64_t first = tile.index * params.splits;
+  merge_through_memory<Traits>(params, tile, factors, split, params.splits, found,
+                               [&](int p) { return first + p; });
 }
 
 }  // namespace longgen::decode

@@ -66,6 +66,8 @@ void attn_decode(const DecodeParams& given) {
   if (given.cache.batch == 0 || given.n == 0) return;
   if (given.splits < 1 || given.splits > kMaxSplits)
     throw std::invalid_argument("splits must be from 1 to 128");
+  if (given.persistent_blocks > 0 && given.cache.batch > 32)
+    throw std::invalid_argument("persistent blocks are for up to 32 sequences");
   DecodeParams params = given;
   params.group = params.q_heads / params.cache.kv_heads;
   params.group_reciprocal = (65536 + params.group - 1) / params.group;

@@ -8,6 +8,7 @@
 #include "arch/sm90/dependent_launch.cuh"
 #include "decode/append.cuh"
 #include "decode/combine.cuh"
+#include "decode/shares.cuh"
 #include "decode/stream.cuh"
 
 namespace longgen::decode {
@@ -30,7 +31,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   const int p0 = seqlen + params.q_offset;
   const CacheSlots slots(params.cache, kv_head, p0 + tile.token(params, 0),
                          p0 + tile.token(params, tile.rows - 1), end);
-  const Share share = share_of(slots.count(), split, params.splits);
+  const Share share = Shares::of(slots.count(), params.splits).of_block(split);
 
   // The new tokens that are in this block's chunks are written before they are read. Blocks of
   // other row tiles write the same.
@@ -56,8 +57,8 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       counts_last(params.tickets + sequence, gridDim.x * gridDim.y))
     params.cache.seqlens[sequence] = end;
 
-  merge_through_memory<Traits>(params, tile, factors, split,
-                               [&](int w) -> const typename Traits::Found& { return found[w]; });
+  merge_splits<Traits>(params, tile, factors, split,
+                       [&](int w) -> const typename Traits::Found& { return found[w]; });
 }
 
 }  // namespace longgen::decode

@@ -26,16 +26,21 @@ inline dim3 grid_of(const DecodeParams& params) {
   return dim3(params.splits, params.cache.kv_heads * params.row_tiles, params.cache.batch);
 }
 
-// That of this thread block in the grid.
+// A sequence's tile of this number.
 template <int kRows>
-__device__ __forceinline__ Tile tile_of_block(const DecodeParams& params) {
-  const int sequence = blockIdx.z;
+__device__ __forceinline__ Tile tile_of(const DecodeParams& params, int sequence, int number) {
   // Most often one: to look takes less time than a division.
-  const int kv_head = params.row_tiles == 1 ? blockIdx.y : blockIdx.y / params.row_tiles;
-  const int row_tile = blockIdx.y - kv_head * params.row_tiles;
+  const int kv_head = params.row_tiles == 1 ? number : number / params.row_tiles;
+  const int row_tile = number - kv_head * params.row_tiles;
   const int first_row = row_tile * kRows;
   return {sequence, kv_head, first_row, min(params.n * params.group - first_row, kRows),
           (int64_t(sequence) * params.cache.kv_heads + kv_head) * params.row_tiles + row_tile};
+}
+
+// That of this thread block in the grid.
+template <int kRows>
+__device__ __forceinline__ Tile tile_of_block(const DecodeParams& params) {
+  return tile_of<kRows>(params, blockIdx.z, blockIdx.y);
 }
 
 // What scores are multiplied by, for weights to base 2, and what outputs are. An fp8 cache's scales
@@ -60,15 +65,5 @@ struct Factors<T, T> {
 
 // Known to the compiler as the same in a warp, what follows from it lies in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffff, x, 0); }
-
-// A split's share of a sequence's chunks: from first to before last.
-struct Share {
-  int first, last;
-};
-__device__ __forceinline__ Share share_of(int chunks, int split, int splits) {
-  const int each = unsigned(chunks) / unsigned(splits), rest = chunks - each * splits;
-  const int first = split * each + min(split, rest);
-  return {first, first + each + (split < rest ? 1 : 0)};
-}
 
 }  // namespace longgen::decode

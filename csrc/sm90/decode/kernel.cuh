@@ -10,27 +10,11 @@
 #include "arch/sm90/dependent_launch.cuh"
 #include "decode/append.cuh"
 #include "decode/combine.cuh"
+#include "sm90/decode/lengths.cuh"
 #include "sm90/decode/slices.cuh"
 #include "sm90/decode/stream.cuh"
 
 namespace longgen::sm90 {
-
-// Of a sequence: its length, and how many new tokens it is said to get. As read: whatever is
-// computed from them waits for them.
-struct Lengths {
-  int old, said;
-
-  __device__ __forceinline__ bool operator!=(const Lengths& other) const {
-    return old != other.old || said != other.said;
-  }
-  __device__ __forceinline__ int end(const NewTokensParams& tokens) const {
-    return old + decode::tokens_of_said(tokens, said);
-  }
-};
-__device__ __forceinline__ Lengths read_lengths(const DecodeParams& params, int sequence) {
-  return {__ldcg(params.cache.seqlens + sequence),
-          decode::said_tokens(params.new_tokens, sequence)};
-}
 
 // Says how much the other blocks, and this one, will write here. Once, before the cluster's
 // barrier.
@@ -99,11 +83,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if (threadIdx.x % 32 == 0) {
     prefetch_descriptor(maps.k);
     prefetch_descriptor(maps.v);
-    for (int i = 0; i < Traits::kStages + (warp == Traits::kWarps - 1); ++i) {
-      shared.full[warp * Traits::kStages + i][0].init(Traits::kChunks);
-      shared.full[warp * Traits::kStages + i][1].init(Traits::kChunks);
-    }
-    fence_barrier_init();
+    BulkStream<Traits>::init_barriers(shared, warp);
   }
   __syncwarp();
   const bool clustered = Traits::kMaxCluster > 1 && params.clustered;
@@ -117,7 +97,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     lengths = read_lengths(params, tile.sequence);
   }
   now = lengths;
-  CacheSlots slots;
+  CacheSlots slots(params.cache);
   BulkStream<Traits> stream(params, maps, slots, tile, shared);
   Inputs<Traits> inputs(params, tile);
   bool first = true;
@@ -125,9 +105,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   do {
     lengths = now;
     const int p0 = lengths.old + params.q_offset, end = lengths.end(params.new_tokens);
-    slots = CacheSlots(params.cache, tile.kv_head, p0 + tile.token(params, 0),
-                       p0 + tile.token(params, tile.rows - 1), end, lengths.old);
-    stream.prepare(split, lengths.old < end);
+    slots.visit(tile.kv_head, p0 + tile.token(params, 0), p0 + tile.token(params, tile.rows - 1),
+                end, lengths.old);
+    const auto shares = decode::Shares::of(stream.pairs_of(slots), params.splits);
+    stream.prepare(shares.of_block(split), lengths.old < end);
     if (first) {
       wait_for_previous_kernels();
       now = read_lengths(params, tile.sequence);
@@ -157,7 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if (clustered) {
     merge_through_cluster<Traits>(params, tile, factors, split, shared, found);
   } else {
-    decode::merge_through_memory<Traits>(params, tile, factors, split, found);
+    decode::merge_splits<Traits>(params, tile, factors, split, found);
   }
   if (ticket == gridDim.x * gridDim.y - 1)
     atomicAdd(params.cache.seqlens + tile.sequence,

@@ -5,6 +5,7 @@
 
 #include "cuda_check.h"
 #include "sm90/decode/kernel.cuh"
+#include "sm90/decode/persistent.cuh"
 #include "sm90/tensor_map.h"
 
 namespace longgen::sm90 {
@@ -21,8 +22,17 @@ inline CUtensorMap cache_map(const CacheParams& cache, DType dtype, const void* 
 }
 
 template <typename Traits>
+constexpr auto kernel_of() {
+  if constexpr (Traits::kPersistent) {
+    return persistent_decode_kernel<Traits>;
+  } else {
+    return decode_kernel<Traits>;
+  }
+}
+
+template <typename Traits>
 void launch(const DecodeParams& params) {
-  const auto kernel = decode_kernel<Traits>;
+  const auto kernel = kernel_of<Traits>();
   // At each launch: the attribute belongs to a device, and which one is current may change.
   // Before the tensor maps: see tensor_map.
   LONGGEN_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -37,7 +47,7 @@ void launch(const DecodeParams& params) {
   attributes[1].val.clusterDim.x = params.splits;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = decode::grid_of(params);
+  config.gridDim = Traits::kPersistent ? dim3(params.persistent_blocks) : decode::grid_of(params);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
   config.stream = params.stream;
@@ -50,9 +60,11 @@ template <typename T, typename Cached, int kHeadDim, int kOctets>
 void launch_of_size(const DecodeParams& params) {
   if constexpr (kHeadDim <= 128 && sizeof(Cached) == 2) {
     if (params.small_blocks)
-      return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, true>>(params);
+      return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kSmall>>(params);
   }
-  launch<DecodeTraits<T, Cached, kHeadDim, kOctets, false>>(params);
+  if (params.persistent_blocks > 0)
+    return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kPersistent>>(params);
+  launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kBig>>(params);
 }
 
 template <typename T, typename Cached, int kHeadDim>

@@ -8,6 +8,7 @@
 #include "arch/sm90/tma.cuh"
 #include "attention/cache_slots.cuh"
 #include "decode/append.cuh"
+#include "decode/shares.cuh"
 #include "sm90/decode/inputs.cuh"
 #include "sm90/decode/traits.cuh"
 #include "sm90/decode/warp_rows.cuh"
@@ -29,6 +30,7 @@ class BulkStream {
   static constexpr int kChunks = Traits::kChunks;
   static constexpr int kStride = kChunks * Traits::kWarps;  // from one pair to the warp's next
   static constexpr int kPieces = Traits::kHeadDim / 8;      // of 8 elements, of a token
+  static constexpr int kTogether = 8;  // rounds after which warps wait for each other
   using NewElements = std::conditional_t<sizeof(Cached) == 1, uint2, uint4>;  // a piece's
 
  public:
@@ -42,20 +44,35 @@ class BulkStream {
         lane_(threadIdx.x % 32),
         shared_(shared) {}
 
-  // Finds the warp's chunks of a split's share: each warp in turn has a pair of neighbours. But the
-  // sequence's last pair, if it is half or has new tokens, is apart: the last warp's first, in a
-  // stage of its own. As one more round for one of the warps it would cost the block the time of a
-  // copy, and of the mask after that.
-  __device__ __forceinline__ void prepare(int split, bool has_new) {
-    const int chunks = slots_.count(), pairs = (chunks + kChunks - 1) / kChunks;
-    const decode::Share share = decode::share_of(pairs, split, params_.splits);
+  // Once, before anything else.
+  static __device__ __forceinline__ void init_barriers(typename Traits::Shared& shared, int warp) {
+    for (int i = 0; i < Traits::kStages + (warp == Traits::kWarps - 1); ++i) {
+      shared.full[warp * Traits::kStages + i][0].init(kChunks);
+      shared.full[warp * Traits::kStages + i][1].init(kChunks);
+    }
+    fence_barrier_init();
+  }
+
+  static __device__ __forceinline__ int pairs_of(const CacheSlots& slots) {
+    return (slots.count() + kChunks - 1) / kChunks;
+  }
+
+  // Finds the warp's chunks of a share of the sequence's pairs: each warp in turn has one, warp
+  // number `turn` the first. But the sequence's last pair, if it is half or has new tokens, is
+  // apart: the last warp's first, in a stage of its own. As one more round for one of the warps it
+  // would cost the block the time of a copy, and of the mask after that.
+  __device__ __forceinline__ void prepare(decode::Share share, bool has_new, int turn = 0) {
+    const int chunks = slots_.count(), pairs = pairs_of(slots_);
     const bool apart =
         share.first < share.last && share.last == pairs && (has_new || chunks % kChunks != 0);
     begin_ = share.first * kChunks;
     end_ = (share.last - apart) * kChunks;
     last_ = share.last * kChunks;
     apart_ = apart && warp_ == Traits::kWarps - 1;
-    first_ = next_ = begin_ + (apart_ ? -1 : warp_) * kChunks;
+    const int behind = warp_ < turn ? warp_ - turn + Traits::kWarps : warp_ - turn;
+    first_ = begin_ + behind * kChunks;
+    if (apart_) first_ -= kStride;
+    next_ = first_;
     find();
   }
 
@@ -115,9 +132,16 @@ class BulkStream {
 #pragma unroll 1
     for (int pair = first_; pair < end_; pair += kStride) {
       attend(pair, stage, fresh, rows);
-      if (pair < begin_) continue;
+      if (pair < begin_) {
+        parity_ ^= 1u << Traits::kStages;
+        continue;
+      }
       parity_ ^= 1u << stage;
       if (++stage == Traits::kStages) stage = 0;
+      // Warps that drift apart leave memory idle in the end, while the last of them finish. All
+      // have this round, of a pair for each, if there is another after it.
+      const int together = (pair - begin_) / kStride * kStride + kStride;
+      if (together % (kTogether * kStride) == 0 && begin_ + together < end_) __syncthreads();
     }
   }
 
@@ -191,7 +215,8 @@ class BulkStream {
     const bool more = in_ring && next_ < end_;
     // The next keys are asked for as soon as these are read; but where big blocks follow each other
     // on each multiprocessor, when the values have come: memory is 0.2 to 0.6% faster so.
-    const bool at_once = Traits::kSmall || Traits::kBytes == 1 || params_.splits > 1;
+    const bool at_once =
+        Traits::kSmall || Traits::kPersistent || Traits::kBytes == 1 || params_.splits > 1;
     full(at, 0).wait(parity);
     if (!whole) complete(0, keys_at, partial, fresh);
 

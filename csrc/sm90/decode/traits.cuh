@@ -10,22 +10,26 @@
 
 namespace longgen::sm90 {
 
-// T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3. Small
-// blocks are for where there are more tiles than multiprocessors, which hold two of them: one reads
-// while another begins or ends.
-template <typename T_, typename Cached_, int kHeadDim_, int kOctets_, bool kSmall_>
+// What thread blocks there are. Big: a multiprocessor holds one, with one split of one tile. Small:
+// it holds two, for where there are more tiles than multiprocessors; one reads while another begins
+// or ends. Persistent: big ones, of which each reads as much as any other, of whichever tiles.
+enum class Blocks { kBig, kSmall, kPersistent };
+
+// T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3.
+template <typename T_, typename Cached_, int kHeadDim_, int kOctets_, Blocks kKind_>
 struct DecodeTraits {
   using T = T_;
   using Cached = Cached_;
   static constexpr int kBytes = sizeof(Cached);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kOctets = kOctets_;
-  static constexpr bool kSmall = kSmall_;
+  static constexpr bool kSmall = kKind_ == Blocks::kSmall;
+  static constexpr bool kPersistent = kKind_ == Blocks::kPersistent;
   static constexpr int kBlocks = kSmall ? 2 : 1;  // of a multiprocessor
   static constexpr int kRows = 8 * kOctets;       // of the query: tokens times heads of a group
   static constexpr int kWarps = kSmall ? 5 : kHeadDim <= 128 ? 8 : 4;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kMaxCluster = kSmall ? 1 : 8;  // blocks
+  static constexpr int kMaxCluster = kKind_ == Blocks::kBig ? 8 : 1;  // blocks
 
   // A chunk's keys, and its values, are copied in boxes of 16 rows of 128 bytes, or 64 where a row
   // has no more, and swizzled over that; of head_dim 96 the last is half zeros.
@@ -69,6 +73,7 @@ struct DecodeTraits {
   static constexpr int kAllStages = kWarps * kStages + 1;
   struct Shared {
     alignas(1024) char ring[kAllStages][kStageBytes];  // in the end each warp's Found
+    Found found[kPersistent ? kWarps : 1];  // of persistent blocks, whose ring is filled again
     Inputs inputs;
     // (block, pair of this block's slice): slices are powers of 2, and together less than twice the
     // power of 2 that holds all pairs.

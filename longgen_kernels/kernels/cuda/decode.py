@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,6 +36,11 @@ _SMALL_ROUNDS = 2  # of the small blocks that run at once, at most
 _LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
 _QUERY_TILE = 128  # rows, of the forward kernel
 _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
+_MAX_SEQUENCES = 32  # that persistent blocks share out
+_MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
+_EVEN = 0.95  # of the multiprocessors, at least, that blocks of one split each use where they do well
+# Of keys and values that a persistent block reads, at least: to even out what splits would not, and otherwise.
+_EVENING_BYTES, _PERSISTENT_BYTES = 2 << 20, 8 << 20
 
 
 def cache_unsupported(cache: CacheTensors) -> str | None:
@@ -135,11 +141,12 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    splits, clustered, small, early = _division(cache, blocks, multiprocessors(q.device), bulk)
+    division = _division(cache, blocks, multiprocessors(q.device), bulk)
     part_out = part_weights = None
-    if splits > 1 and not clustered:
-        part_weights = torch.empty(blocks * splits * rows * 2, dtype=torch.float32, device=q.device)
-        part_out = torch.empty(blocks * splits * rows * head_dim, dtype=torch.float32, device=q.device)
+    parts = division.parts(blocks)
+    if parts > 0:
+        part_weights = torch.empty(parts * rows * 2, dtype=torch.float32, device=q.device)
+        part_out = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
     # By position: as keywords they would cost the host more than an allocation.
@@ -147,7 +154,8 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(),
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
-        splits, hopper and early, bulk, clustered, small, address(part_out), address(part_weights), current_stream(q),
+        division.splits, hopper and division.starts_early, bulk, division.clustered, division.small_blocks,
+        division.persistent_blocks, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):
         _C.attn_decode(*arguments)
@@ -169,6 +177,13 @@ class _Division(NamedTuple):
     clustered: bool = False  # whether they are a cluster
     small_blocks: bool = False  # whether a multiprocessor holds two
     starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
+    persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
+
+    def parts(self, blocks: int) -> int:
+        """How many results of parts of sequences meet in global memory."""
+        if self.persistent_blocks > 0:
+            return 2 * self.persistent_blocks
+        return blocks * self.splits if self.splits > 1 and not self.clustered else 0
 
 
 def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> _Division:
@@ -179,11 +194,14 @@ def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool
     round or two, small ones read while others begin or end; if all of them run at once and for long, places that the
     kernel ahead frees one by one suit them less than all together, by what was measured. A cluster merges its splits
     sooner than blocks that meet in global memory, but clusters do not fit on all multiprocessors: on half of them they
-    do, which is enough to read what is short.
+    do, which is enough to read what is short. Persistent blocks are for what is long: see `_is_for_persistent_blocks`.
     """
     most = max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT)  # a split of a few chunks is not worth its part in the merge
+    splits = num_splits(blocks, most, multiprocessors)
     if bulk:
-        nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()
+        if _is_for_persistent_blocks(cache, blocks, splits, multiprocessors):
+            return _Division(1, persistent_blocks=multiprocessors)
+        nbytes = _bytes_of_block(cache)
         at_once = 2 * multiprocessors  # small blocks
         can_be_small = cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8
         few_rounds = multiprocessors < blocks <= _SMALL_ROUNDS * at_once
@@ -192,7 +210,32 @@ def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool
         cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
         if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
             return _Division(cluster, clustered=True)
-    return _Division(num_splits(blocks, most, multiprocessors))
+    return _Division(splits)
+
+
+def _is_for_persistent_blocks(cache: CacheTensors, blocks: int, splits: int, multiprocessors: int) -> bool:
+    """Whether blocks that share out all there is to read are better than ones with one split each.
+
+    They are where splits need more than one round on the multiprocessors or leave some of those idle, and where
+    sequences may differ much in length: in a cache that drops nothing. Otherwise they take longer to begin and to
+    merge, which shows unless they have much to read.
+    """
+    layout, nbytes = cache.layout, _bytes_of_block(cache)
+    each = blocks * nbytes // multiprocessors
+    if layout.ring is None and not layout.pattern.is_dense:
+        return False  # how much of the slots a query sees is another question
+    if not 0 < cache.batch <= _MAX_SEQUENCES or blocks * cache.slots > _MAX_SLOTS or each < _EVENING_BYTES:
+        return False
+    rounds = blocks * splits / multiprocessors
+    if rounds / math.ceil(rounds) < _EVEN or (splits > 1 and rounds > 1):
+        return True
+    fits, may_be_ragged = blocks <= multiprocessors, layout.pattern.is_dense and cache.batch > 1
+    return (fits and (may_be_ragged or each >= _PERSISTENT_BYTES)) or (may_be_ragged and nbytes >= _PERSISTENT_BYTES)
+
+
+def _bytes_of_block(cache: CacheTensors) -> int:
+    """Of the keys and values of a KV head of a sequence, at most: what a block without splits reads."""
+    return 2 * cache.slots * cache.head_dim * cache.k.element_size()
 
 
 def _has_slots(cache: CacheTensors) -> bool:

@@ -1,0 +1,63 @@
+// How blocks of Hopper's persistent decode kernel share out all tiles, on the CPU; for
+// test_decode_runs.py.
+#include <vector>
+
+#include "sm90/decode/run.cuh"
+
+using namespace longgen::sm90;
+
+// 0, or what is wrong. Tile t has pairs[t] pairs of chunks, and places for places[t] of them.
+extern "C" int check_runs(int tiles, const int* pairs, const int* places, int blocks) {
+  std::vector<int> start(tiles + 1);
+  std::vector<std::vector<int>> reads(tiles);    // how often each pair is read
+  std::vector<std::vector<int>> writers(tiles);  // of each part, in the order of parts
+  for (int t = 0; t < tiles; ++t) {
+    start[t + 1] = start[t] + places[t] + Run::kBeginning;
+    reads[t].resize(pairs[t]);
+  }
+  std::vector<int> parts(tiles, -1), written(2 * blocks);
+  for (int block = 0; block < blocks; ++block) {
+    Run run(start[tiles], blocks, block);
+    int t = 0;
+    while (!run.empty()) {
+      while (start[t + 1] <= run.next()) ++t;
+      const Piece piece = run.piece(start[t], start[t + 1], pairs[t]);
+      if (piece.pairs.first < 0 || piece.pairs.last > pairs[t]) return 1;
+      for (int pair = piece.pairs.first; pair < piece.pairs.last; ++pair) ++reads[t][pair];
+      if (piece.first_block + piece.part != block) return 2;
+      if (parts[t] < 0) parts[t] = piece.parts;
+      if (parts[t] != piece.parts) return 3;
+      writers[t].push_back(piece.part);
+      if (piece.parts > 1) {
+        const int place = Run::place_of_part(piece.first_block, piece.part);
+        if (place < 0 || place >= 2 * blocks || ++written[place] > 1) return 4;
+      }
+      run.finish(start[t + 1]);
+    }
+  }
+  for (int t = 0; t < tiles; ++t) {
+    for (const int times : reads[t])
+      if (times != 1) return 5;
+    if (int(writers[t].size()) != parts[t]) return 6;  // what its last block counts up to
+    for (int p = 0; p < parts[t]; ++p)
+      if (writers[t][p] != p) return 7;
+  }
+  return 0;
+}
+
+// How many places the longest and the shortest run have.
+extern "C" void runs(int places, int blocks, int* longest, int* shortest) {
+  *longest = 0;
+  *shortest = places;
+  for (int block = 0; block < blocks; ++block) {
+    Run run(places, blocks, block);
+    const int first = run.next();
+    int size = 0;
+    while (!run.empty()) {
+      ++size;
+      run.finish(first + size);
+    }
+    *longest = size > *longest ? size : *longest;
+    *shortest = size < *shortest ? size : *shortest;
+  }
+}

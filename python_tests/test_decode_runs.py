@@ -1,0 +1,53 @@
+"""How blocks of the Hopper persistent decode kernel share out all tiles, compiled for the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+from host_library import NVCC, address, compile_for_host
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc, which compiles csrc for the CPU")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compile_for_host("decode_runs.cu", tmp_path_factory.mktemp("runs"))
+
+
+def wrong(library: ctypes.CDLL, pairs: list[int], places: list[int], blocks: int) -> int:
+    arrays = [np.array(x, dtype=np.int32) for x in (pairs, places)]
+    return library.check_runs(len(pairs), *map(address, arrays), blocks)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 108, 132])
+@pytest.mark.parametrize(
+    ("tiles", "pairs"), [(1, 0), (1, 1), (1, 5000), (8, 4096), (64, 288), (132, 64), (160, 288), (320, 7), (1000, 0)]
+)
+def test_every_pair_is_read_once(tiles: int, pairs: int, blocks: int, library: ctypes.CDLL) -> None:
+    assert wrong(library, [pairs] * tiles, [pairs] * tiles, blocks) == 0
+
+
+@given(
+    sequences=st.lists(st.tuples(st.integers(0, 300), st.integers(-3, 3)), min_size=1, max_size=12),
+    heads=st.integers(1, 5),
+    blocks=st.integers(1, 140),
+)
+def test_sequences_of_any_length(
+    sequences: list[tuple[int, int]], heads: int, blocks: int, library: ctypes.CDLL
+) -> None:
+    """All heads have the places of the first one; another may have more or fewer pairs."""
+    pairs = [max(n + (more if head > 0 else 0), 0) for n, more in sequences for head in range(heads)]
+    places = [n for n, _ in sequences for _ in range(heads)]
+    assert wrong(library, pairs, places, blocks) == 0
+
+
+@pytest.mark.parametrize(("places", "blocks"), [(1, 1), (7, 132), (132, 132), (33024, 132), (32904, 132), (1001, 108)])
+def test_no_run_is_longer_than_another_by_more_than_one(places: int, blocks: int, library: ctypes.CDLL) -> None:
+    longest, shortest = ctypes.c_int(), ctypes.c_int()
+    library.runs(places, blocks, ctypes.byref(longest), ctypes.byref(shortest))
+    assert longest.value - shortest.value == (0 if places % blocks == 0 else 1)
+    assert longest.value == -(-places // blocks)
