@@ -2,8 +2,8 @@
 
 One query token a sequence, through as many layers' caches as no level-2 cache holds, replayed as one CUDA graph: what
 a model's decoding step pays for attention, a layer. Peers run dense attention over a compact cache of the same number
-of keys. With "append" a step writes its token to the cache first: this package's kernels do both in one launch, and the
-timed steps begin at `seen` tokens. Bandwidth counts each kept key and value once.
+of keys, and are timed by turns. With "append" a step writes its token to the cache first: this package's kernels do
+both in one launch, and each turn begins at `seen` tokens. Bandwidth counts each kept key and value once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import sys
@@ -28,10 +29,10 @@ from bench import machine
 from longgen_kernels import AttentionPattern, SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.benchmark import gate
 from longgen_kernels.benchmark.packages import one_line, why_not_installed
-from longgen_kernels.benchmark.timing import GPU_WARM_UP_S, Effort, Result, Timing, measure
+from longgen_kernels.benchmark.timing import GPU_WARM_UP_S, Effort, Result, Timing, measure, measure_by_turns
 
 SEEN = 131072  # tokens, of which a sparse cache keeps a part
-SPARE = 8192  # tokens that a second of warm-up and the timed steps may append
+SPARE = 8192  # tokens that the steps of a turn may append
 LAYERS_BYTES = 1 << 30  # of all layers' caches together: many times a level-2 cache
 MAX_LAYERS = 32
 Step = Callable[[], Tensor]  # decodes one token in one layer
@@ -39,7 +40,10 @@ Step = Callable[[], Tensor]  # decodes one token in one layer
 
 @dataclass(frozen=True)
 class DecodeCase:
-    """One decoding step of `batch` sequences of `seen` tokens under a pattern."""
+    """One decoding step of `batch` sequences of `seen` tokens under a pattern.
+
+    If `ragged`, the last sequence has so many, and the others, in order, as many fewer as share out evenly.
+    """
 
     name: str
     pattern: AttentionPattern
@@ -49,16 +53,31 @@ class DecodeCase:
     head_dim: int = 128
     seen: int = SEEN
     dtype: torch.dtype = torch.bfloat16
+    ragged: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [self.seen * (i + 1) // self.batch if self.ragged else self.seen for i in range(self.batch)]
 
     @property
     def kept(self) -> int:
-        """Keys that a query sees."""
+        """Keys that a query of the longest sees."""
         return self.pattern.kept_tokens(self.seen)
 
     @property
+    def kept_by_all(self) -> int:
+        return sum(map(self.pattern.kept_tokens, self.lengths))
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of those keys and values."""
-        return 2 * self.batch * self.kv_heads * self.kept * self.head_dim * self.dtype.itemsize
+        """Bytes of the keys and values that are seen."""
+        return 2 * self.kv_heads * self.kept_by_all * self.head_dim * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Two products of head_dim for each query head and key that it sees."""
+        return 4 * self.q_heads * self.kept_by_all * self.head_dim
 
     @property
     def layers(self) -> int:
@@ -79,6 +98,7 @@ CASES = {
         DecodeCase("mha_2048_batch_8", _2048, batch=8),
         DecodeCase("mha_9216_batch_8", _9216, batch=8),
         DecodeCase("gqa_128K_batch_8", _A.causal(), batch=8, kv_heads=8),
+        DecodeCase("gqa_128K_ragged_batch_8", _A.causal(), batch=8, kv_heads=8, ragged=True),
         DecodeCase("strided", _A.strided(16, 64, window=1024)),
     )
 }
@@ -100,7 +120,7 @@ class CacheStep:
 
     def rewind(self) -> None:
         """Forgets the tokens that were appended."""
-        self.cache.seqlens.fill_(self.case.seen)
+        _set_lengths(self.case, self.cache.seqlens)
 
 
 def ours(backend: str, append: bool, fp8: bool = False) -> Callable[[DecodeCase, torch.device], list[Step]]:
@@ -123,7 +143,7 @@ def ours(backend: str, append: bool, fp8: bool = False) -> Callable[[DecodeCase,
         )
         for x in (cache.k, cache.v):
             x.copy_(torch.randn(x.shape, device=device) * (16 if fp8 else 1))
-        cache.seqlens.fill_(case.seen)
+        _set_lengths(case, cache.seqlens)
         cache.advanced(case.seen)
         q, k, v = (_normal(case, device, 1, heads) for heads in (case.q_heads, case.kv_heads, case.kv_heads))
         new = (k, v) if append else ()
@@ -142,6 +162,8 @@ def sdpa(backend: SDPBackend, append: bool = False) -> Callable[[DecodeCase, tor
     """
 
     def layer(case: DecodeCase, device: torch.device) -> Step:
+        if case.ragged:
+            raise NotImplementedError("takes sequences of one length without a mask")
         q = _normal(case, device, 1, case.q_heads).transpose(1, 2)
         k, v = (_normal(case, device, case.kept, case.kv_heads).transpose(1, 2).contiguous() for _ in range(2))
         new = tuple(_normal(case, device, 1, case.kv_heads).transpose(1, 2) for _ in range(2))
@@ -164,7 +186,8 @@ def flash_attn(module: str) -> Callable[[DecodeCase, torch.device], list[Step]]:
 
     def layers(case: DecodeCase, device: torch.device) -> list[Step]:
         attend: Any = importlib.import_module(module).flash_attn_with_kvcache
-        lengths = torch.full((case.batch,), case.kept, dtype=torch.int32, device=device)
+        kept = [case.pattern.kept_tokens(n) for n in case.lengths]
+        lengths = torch.tensor(kept, dtype=torch.int32, device=device)
 
         def layer() -> Step:
             q = _normal(case, device, 1, case.q_heads)
@@ -178,6 +201,8 @@ def flash_attn(module: str) -> Callable[[DecodeCase, torch.device], list[Step]]:
 
 def flashinfer(case: DecodeCase, device: torch.device) -> list[Step]:
     """FlashInfer's decoding over pages of 16 tokens, planned once for all layers, where it is installed."""
+    if case.ragged:
+        raise NotImplementedError("is measured with sequences of one length")
     wrapper: Any = importlib.import_module("flashinfer").BatchDecodeWithPagedKVCacheWrapper
     page = 16
     pages = -(-case.kept // page)
@@ -237,29 +262,49 @@ def read_bandwidth(device: torch.device, effort: Effort) -> float:
     return x.nbytes / (measure(read, device, effort)[0].median_ms * 1e-3)
 
 
-def time_case(case: DecodeCase, name: str, device: torch.device, effort: Effort) -> dict[str, Any]:
-    """One peer on one case: microseconds a layer and bytes a second, or the reason why there are none."""
-    nbytes = case.nbytes // case.dtype.itemsize if "fp8" in name else case.nbytes
-    record: dict[str, Any] = {"case": case.name, "peer": name, "kept": case.kept, "bytes": nbytes}
-    record["layers"] = case.layers
-    try:
-        steps = PEERS[name](case, device)
+def time_case(case: DecodeCase, peers: Sequence[str], device: torch.device, effort: Effort) -> list[dict[str, Any]]:
+    """Of each peer on one case microseconds a layer and bytes a second, or the reason why there are none."""
+    failures: dict[str, dict[str, Any]] = {}
+    layers: dict[str, list[Step]] = {}
+    with torch.no_grad():
+        for name in peers:
+            try:
+                steps = PEERS[name](case, device)
+                steps[0]()
+                layers[name] = steps
+            except NotImplementedError as error:
+                failures[name] = {"status": "unsupported", "reason": one_line(error)}
+            except Exception as error:  # its result, and no reason to stop the others
+                failures[name] = {"status": "error", "reason": one_line(error)}
 
-        def model() -> Result:
-            return tuple(step() for step in steps)
+        def model(steps: list[Step]) -> Callable[[], Result]:
+            return lambda: tuple(step() for step in steps)
 
         def rewind() -> None:
-            for step in steps:
+            for step in itertools.chain.from_iterable(layers.values()):
                 if isinstance(step, CacheStep):
                     step.rewind()
 
-        with torch.no_grad():
-            timing: Timing = measure(model, device, effort, after_warm_up=rewind)[0]
-    except Exception as error:  # its result, and no reason to stop the others
-        return record | {"status": "error", "reason": one_line(error)}
+        models = {name: model(steps) for name, steps in layers.items()}
+        timings = measure_by_turns(models, device, effort, rewind) if models else {}
+    return [_record(case, name, timings.get(name), failures.get(name, {})) for name in peers]
+
+
+def _record(case: DecodeCase, name: str, timing: Timing | None, failure: dict[str, Any]) -> dict[str, Any]:
+    nbytes = case.nbytes // case.dtype.itemsize if "fp8" in name else case.nbytes
+    record = {"case": case.name, "peer": name, "kept": case.kept, "bytes": nbytes, "layers": case.layers}
+    if timing is None:
+        return record | failure
     to_us = 1e3 / case.layers
     times = {f"{q}_us": getattr(timing, f"{q}_ms") * to_us for q in ("median", "q1", "q3", "min")}
-    return record | {"status": "ok", **times, "tbps": nbytes / times["median_us"] * 1e-6}
+    return record | {"status": "ok", **times, "rounds": timing.repeats, "tbps": nbytes / times["median_us"] * 1e-6}
+
+
+def _set_lengths(case: DecodeCase, seqlens: Tensor) -> None:
+    if case.ragged:
+        seqlens.copy_(torch.tensor(case.lengths, dtype=torch.int32))
+    else:
+        seqlens.fill_(case.seen)
 
 
 def _normal(case: DecodeCase, device: torch.device, tokens: int, heads: int) -> Tensor:
@@ -305,16 +350,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if on_gpu:
             print(f"read-only bandwidth {peak / 1e12:.2f} TB/s")
         for case in cases:
-            print(f"{case.name}: {case.kept} keys, {case.nbytes / 1e6:.1f} MB a layer, {case.layers} layers")
-            for name in peers:
-                record = time_case(case, name, device, effort)
+            print(
+                f"{case.name}: {case.kept} keys, {case.nbytes / 1e6:.1f} MB a layer, {case.layers} layers", flush=True
+            )
+            for record in time_case(case, peers, device, effort):
                 records.append(record)
                 print("  " + _line(record, peak), flush=True)
-                if on_gpu:
-                    torch.cuda.empty_cache()
-                if args.out is not None:
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    args.out.write_text(json.dumps(document, indent=1) + "\n")
+            if on_gpu:
+                torch.cuda.empty_cache()
+            if args.out is not None:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.write_text(json.dumps(document, indent=1) + "\n")
     own = [r for r in records if r["peer"].split("_")[0] in ("cuda", "triton", "reference")]
     return int(any(r["status"] == "error" for r in own))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
@@ -28,7 +29,7 @@ from longgen_kernels.benchmark.peers import Ours, Peer, all_peers
 from longgen_kernels.benchmark.prepared import Attend, Prepared
 from longgen_kernels.benchmark.results import Record
 from longgen_kernels.benchmark.runner import Plan, Runner
-from longgen_kernels.benchmark.timing import Effort, Timing, measure
+from longgen_kernels.benchmark.timing import Effort, Timing, measure, measure_by_turns
 
 CPU = torch.device("cpu")
 FAST = Effort(budget_s=0.0, warmups=1, min_repeats=2)
@@ -159,15 +160,23 @@ def test_warm_ups_end_after_their_count_and_their_time() -> None:
     assert len(durations) == 3 + 2
 
 
-def test_what_warm_ups_changed_can_be_undone() -> None:
-    lengths: list[int] = []
+def test_turns_change_their_order_and_begin_with_what_the_caller_undoes() -> None:
+    said: list[str] = []
 
-    def appends() -> Tensor:
-        lengths.append(len(lengths))
-        return torch.zeros(1)
+    def call(name: str, seconds: float) -> Callable[[], Tensor]:
+        def says() -> Tensor:
+            said.append(name)
+            time.sleep(seconds)
+            return torch.zeros(1)
 
-    measure(appends, CPU, Effort(budget_s=0.0, warmups=5, min_repeats=3), after_warm_up=lengths.clear)
-    assert lengths == [0, 1, 2]
+        return says
+
+    calls = {"slow": call("s", 0.02), "fast": call("f", 0.001)}
+    effort = Effort(budget_s=0.0, warmups=2, min_repeats=3)
+    timings = measure_by_turns(calls, CPU, effort, before_turn=lambda: said.append("-"))
+    assert "".join(said) == "-sf" * 2 + "-ss-ff" + "-ff-ss" + "-ss-ff"
+    assert timings["slow"].repeats == timings["fast"].repeats == 3
+    assert timings["slow"].min_ms > 19 > timings["fast"].median_ms
 
 
 def test_results_are_poisoned_before_the_timed_runs() -> None:

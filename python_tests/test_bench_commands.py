@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 pytest.importorskip("bench", reason="the sources have no bench/")
 
 from bench import compare, decode, revisions, run
+from longgen_kernels import AttentionPattern
 from longgen_kernels.benchmark import report
 from longgen_kernels.benchmark.results import Document, Record, load
 from longgen_kernels.benchmark.timing import Effort
@@ -182,9 +183,19 @@ def test_a_wrong_kernel_is_not_timed_while_decoding(monkeypatch: pytest.MonkeyPa
         "longgen_attn_with_kvcache",
         lambda *tensors, backend: right(*tensors, backend="reference") * (1.0 if backend == "reference" else 1.01),
     )
-    record = decode.time_case(decode.QUICK, "triton", torch.device("cpu"), Effort(budget_s=0.0, min_repeats=2))
+    (record,) = decode.time_case(decode.QUICK, ["triton"], torch.device("cpu"), Effort(budget_s=0.0, min_repeats=2))
     assert record["status"] == "error"
     assert "wrong, so not timed: off by" in record["reason"]
+
+
+def test_sequences_of_different_lengths() -> None:
+    case = replace(decode.QUICK, name="ragged", pattern=AttentionPattern.causal(), batch=4, seen=200, ragged=True)
+    assert case.lengths == [50, 100, 150, 200]
+    assert case.nbytes == 2 * 500 * 16 * 4
+    assert case.flops == 4 * 2 * 500 * 16
+    ours, cudnn = decode.time_case(case, ["reference", "cudnn"], torch.device("cpu"), Effort(budget_s=0.0))
+    assert (ours["status"], ours["bytes"]) == ("ok", case.nbytes)
+    assert (cudnn["status"], cudnn["reason"].split(":")[0]) == ("unsupported", "NotImplementedError")
 
 
 # -- pytest-benchmark -------------------------------------------------------------------------------------------------

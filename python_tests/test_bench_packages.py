@@ -218,5 +218,5 @@ def test_pytorchs_attention_may_write_its_token_first(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("peer", ["flash_attn", "fa3"])
 def test_flash_attn_decodes_as_many_keys_as_are_kept(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, decode.PACKAGES[peer], flash_attn_with_kvcache=with_kvcache)
-    record = decode.time_case(decode.QUICK, peer, CPU, Effort(budget_s=0.0, warmups=1, min_repeats=2))
+    (record,) = decode.time_case(decode.QUICK, [peer], CPU, Effort(budget_s=0.0, warmups=1, min_repeats=2))
     assert record["status"] == "ok", record

@@ -13,8 +13,8 @@ from longgen_kernels import SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.cache_layout import CacheLayout
 from longgen_kernels.kernels.cache_problem import CacheTensors
 from longgen_kernels.kernels.cuda import decode
+from longgen_kernels.kernels.cuda.division import Division, division_of
 
-Division = decode._Division
 WAYS = {  # whether through shared memory, and how the work is divided
     "one split": (True, Division(1)),
     "a cluster of two": (True, Division(2, clustered=True)),
@@ -40,7 +40,7 @@ def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("Hopper's own kernel")
     if not bulk:
         monkeypatch.setattr(decode, "_runs_hopper_code", lambda _: False)
-    monkeypatch.setattr(decode, "_division", lambda *_: division)
+    monkeypatch.setattr(decode, "division_of", lambda *_: division)
 
 
 @pytest.mark.gpu
@@ -129,22 +129,27 @@ PERSISTENT = Division(1, persistent_blocks=132)
         (8, 131072, Division(16)),
         (64, 64, Division(1)),
         (132, 9232, Division(1)),
-        (198, 2064, Division(2)),  # small blocks would fill 3/4 of their places
+        (198, 2064, PERSISTENT),  # small blocks would fill 3/4 of their places
         (198, 9232, PERSISTENT),
         (160, 9232, PERSISTENT),
         (100, 9232, PERSISTENT),
+        (100, 2064, PERSISTENT),
+        (40, 9232, Division(3)),
+        (40, 2064, Division(3)),
+        (28, 9232, Division(4)),
         (32, 131072, PERSISTENT),
         (256, 2064, SMALL),
         (264, 9232, SMALL_AND_LATE),
         (512, 9232, SMALL),
+        (384, 9232, Division(1)),
         (1024, 2064, Division(1)),
     ],
 )
 def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
     """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all, small blocks for many tiles, and
     persistent ones for what is long or does not come out even."""
-    assert decode._division(cache_of(kv_heads, slots), kv_heads, 132, True) == want
-    division = decode._division(cache_of(kv_heads, slots), kv_heads, 132, False)
+    assert division_of(cache_of(kv_heads, slots), kv_heads, 132, True) == want
+    division = division_of(cache_of(kv_heads, slots), kv_heads, 132, False)
     assert division == Division(division.splits)
 
 
@@ -164,14 +169,14 @@ def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
 def test_how_sequences_that_may_differ_in_length_are_divided(
     kind: str, batch: int, kv_heads: int, slots: int, want: Division
 ) -> None:
-    assert decode._division(cache_of(kv_heads, slots, batch, kind), batch * kv_heads, 132, True) == want
+    assert division_of(cache_of(kv_heads, slots, batch, kind), batch * kv_heads, 132, True) == want
 
 
 def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> None:
     cache = cache_of(8, 131072, 8, "strided blocks")
-    assert decode._division(cache, 64, 132, True) == PERSISTENT
+    assert division_of(cache, 64, 132, True) == PERSISTENT
     plain = cache._replace(layout=CacheLayout(PATTERNS["strided blocks"]))
-    assert decode._division(plain, 64, 132, True) == Division(2)
+    assert division_of(plain, 64, 132, True) == Division(2)
 
 
 @pytest.mark.gpu

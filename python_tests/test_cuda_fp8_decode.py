@@ -73,7 +73,10 @@ def test_groups(way: str, head_dim: int, group: int, poison: Any, monkeypatch: p
 def test_a_step_writes_and_sees_what_is_read_later(
     way: str, n: int, head_dim: int, dtype: torch.dtype, poison: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a step quantises on its way gives the same bits as the cache's bytes, which `append` would have written."""
+    """What a step quantises on its way gives what the cache's bytes do, which `append` would have written.
+
+    To rounding: where it has new tokens, the last pair of chunks is another warp's.
+    """
     model, cache = model_and_cache("causal", poison, head_dim=head_dim, dtype=dtype)
     other = SparseKVCache.from_state_dict(cache.state_dict())
     take(way, monkeypatch)
@@ -88,7 +91,7 @@ def test_a_step_writes_and_sees_what_is_read_later(
         assert torch.equal(as_bytes(a)[:, :, : 50 + n], as_bytes(b)[:, :, : 50 + n])
     later = longgen_attn_with_kvcache(q, other, return_lse=True, backend="cuda")
     for a, b in zip(step_result, later, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)
 
 
 @head_dims

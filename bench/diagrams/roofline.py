@@ -83,11 +83,10 @@ def attention_points() -> Iterator[Point]:
 
 
 def decode_points(records: list[dict[str, Any]]) -> Iterator[Point]:
-    """Of decoding, without the token's append: two products of head_dim for each query head and kept key."""
+    """Of decoding, without the token's append."""
     for record in records:
         if record["status"] == "ok" and is_shown(record["peer"]):
-            case = CASES[record["case"]]
-            flops = 4 * case.batch * case.q_heads * case.head_dim * record["kept"]
+            flops = CASES[record["case"]].flops
             yield Point(record["peer"], "decode", flops / record["bytes"], flops / record["median_us"] * 1e-6)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -36,6 +36,7 @@ class Timing:
 # Seconds. For the first tenths of a second after other work an H200 may be a seventh faster or slower than it remains:
 # its power, at the limit under such loads, has yet to settle.
 GPU_WARM_UP_S = 1.0
+TURN_S = 0.008  # of a call's runs before it is another's turn: many times the resolution of events
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +58,8 @@ class Effort:
         return int(min(self.max_repeats, max(self.min_repeats, wanted)))
 
 
-def measure(
-    call: Callable[[], Result],
-    device: torch.device,
-    effort: Effort | None = None,
-    after_warm_up: Callable[[], None] | None = None,
-) -> tuple[Timing, Result]:
+def measure(call: Callable[[], Result], device: torch.device, effort: Effort | None = None) -> tuple[Timing, Result]:
     """Times `call` and returns what its last timed run returned, for the caller to check.
-
-    `after_warm_up` may undo what the runs before the timed ones have changed.
 
     The memory of the results is poisoned with NaN before the timed runs, so that a run which wrote nothing shows. On a
     GPU the level-2 cache is overwritten before each run, outside the timed interval. With `effort.cuda_graph` the call
@@ -84,9 +78,46 @@ def measure(
     assert result is not None
     poison(result)
     del result
-    if after_warm_up is not None:
-        after_warm_up()
     return timed(call, effort.repeats(seconds), device)
+
+
+def measure_by_turns(
+    calls: Mapping[str, Callable[[], Result]],
+    device: torch.device,
+    effort: Effort | None = None,
+    before_turn: Callable[[], None] | None = None,
+) -> dict[str, Timing]:
+    """Times calls in rounds, in each of which every call has a turn, the first in one round being the last in the next.
+
+    A machine is faster or slower for some seconds by half a percent: all calls share that, and what they take can be
+    compared more closely than by one `measure` after another. A turn is one call that is not timed, and as many as take
+    `TURN_S` seconds, timed together. They have the level-2 cache as they find it: a call should go through more memory
+    than that holds. `before_turn` may undo what calls have changed.
+
+    `effort` counts whole rounds. With `effort.cuda_graph`, see `measure`.
+    """
+    effort = effort or Effort()
+    if effort.cuda_graph and device.type == "cuda":
+        for call in calls.values():
+            call()
+        calls = {name: captured(call) for name, call in calls.items()}
+    before_turn = before_turn or (lambda: None)
+    count, warm = 0, 0.0
+    seconds: dict[str, float] = {}
+    while count < max(1, effort.warmups) or warm < effort.warmup_s:
+        before_turn()
+        for name, call in calls.items():
+            seconds[name] = _synchronized_time(call, device)[0]
+        count, warm = count + 1, warm + sum(seconds.values())
+    runs = {name: max(1, round(TURN_S / s)) if device.type == "cuda" else 1 for name, s in seconds.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    rounds = max(2, effort.repeats(sum(runs[name] * s for name, s in seconds.items()) / len(calls)))
+    for i in range(rounds):
+        for name in list(calls) if i % 2 == 0 else reversed(list(calls)):
+            before_turn()
+            calls[name]()
+            times[name].append(_time_of_runs(calls[name], runs[name], device))
+    return {name: Timing.of(each) for name, each in times.items()}
 
 
 def matmul_tflops(device: torch.device, effort: Effort | None = None) -> float:
@@ -132,6 +163,19 @@ def _synchronized_time(call: Callable[[], Result], device: torch.device) -> tupl
     result = call()
     synchronize(device)
     return time.perf_counter() - start, result
+
+
+def _time_of_runs(call: Callable[[], Result], runs: int, device: torch.device) -> float:
+    """Milliseconds of one of some runs behind each other."""
+    if device.type != "cuda":
+        return _synchronized_time(call, device)[0] * 1e3  # there is one
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(runs):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / runs
 
 
 def _cuda_time(call: Callable[[], Result], repeats: int, device: torch.device) -> tuple[Timing, Result]:

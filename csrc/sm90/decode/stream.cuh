@@ -138,10 +138,12 @@ class BulkStream {
       }
       parity_ ^= 1u << stage;
       if (++stage == Traits::kStages) stage = 0;
-      // Warps that drift apart leave memory idle in the end, while the last of them finish. All
-      // have this round, of a pair for each, if there is another after it.
+      // Warps that drift apart leave memory idle in the end, while the last of them finish. But
+      // where computing takes as long as reading, as with e4m3, waiting costs more. All have this
+      // round, of a pair for each, if there is another after it.
       const int together = (pair - begin_) / kStride * kStride + kStride;
-      if (together % (kTogether * kStride) == 0 && begin_ + together < end_) __syncthreads();
+      if (Traits::kBytes == 2 && together % (kTogether * kStride) == 0 && begin_ + together < end_)
+        __syncthreads();
     }
   }
 

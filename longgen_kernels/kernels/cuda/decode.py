@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,13 +14,12 @@ from longgen_kernels.kernels.cache_problem import (
     CacheTensors,
     NewTokens,
     as_attention,
-    max_tiles,
     multiprocessors,
-    num_splits,
     tickets_needed,
 )
 from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current_stream, has_aligned_rows, on_device
 from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd
+from longgen_kernels.kernels.cuda.division import division_of
 from longgen_kernels.kernels.cuda.extension import available
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import MAX_POSITION
@@ -29,18 +27,7 @@ from longgen_kernels.patterns import MAX_POSITION
 _HEAD_DIMS = (64, 96, 128, 256)
 _FP8_HEAD_DIMS = (64, 128)
 _MAX_GROUP = 16  # query heads of a KV head
-_CHUNKS_A_SPLIT = 4  # of 16 slots, at least
-_MAX_CLUSTER = 8  # thread blocks
-_SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
-_SMALL_ROUNDS = 2  # of the small blocks that run at once, at most
-_LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
 _QUERY_TILE = 128  # rows, of the forward kernel
-_CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
-_MAX_SEQUENCES = 32  # that persistent blocks share out
-_MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
-_EVEN = 0.95  # of the multiprocessors, at least, that blocks of one split each use where they do well
-# Of keys and values that a persistent block reads, at least: to even out what splits would not, and otherwise.
-_EVENING_BYTES, _PERSISTENT_BYTES = 2 << 20, 8 << 20
 
 
 def cache_unsupported(cache: CacheTensors) -> str | None:
@@ -141,7 +128,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    division = _division(cache, blocks, multiprocessors(q.device), bulk)
+    division = division_of(cache, blocks, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     parts = division.parts(blocks)
     if parts > 0:
@@ -170,72 +157,6 @@ def _chunk_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     out, lse = attn_fwd(attention)
     packed = problem.q.shape[:2]
     return out.unflatten(0, packed), lse.unflatten(1, packed).transpose(0, 1).contiguous()
-
-
-class _Division(NamedTuple):
-    splits: int  # of a sequence
-    clustered: bool = False  # whether they are a cluster
-    small_blocks: bool = False  # whether a multiprocessor holds two
-    starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
-    persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
-
-    def parts(self, blocks: int) -> int:
-        """How many results of parts of sequences meet in global memory."""
-        if self.persistent_blocks > 0:
-            return 2 * self.persistent_blocks
-        return blocks * self.splits if self.splits > 1 and not self.clustered else 0
-
-
-def _division(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> _Division:
-    """How the work is divided.
-
-    Depends on sizes alone, not on lengths: a CUDA graph is replayed while the cache grows. A block fills a
-    multiprocessor. Where there are more blocks than those and small ones share out the work evenly without splits, in a
-    round or two, small ones read while others begin or end; if all of them run at once and for long, places that the
-    kernel ahead frees one by one suit them less than all together, by what was measured. A cluster merges its splits
-    sooner than blocks that meet in global memory, but clusters do not fit on all multiprocessors: on half of them they
-    do, which is enough to read what is short. Persistent blocks are for what is long: see `_is_for_persistent_blocks`.
-    """
-    most = max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT)  # a split of a few chunks is not worth its part in the merge
-    splits = num_splits(blocks, most, multiprocessors)
-    if bulk:
-        if _is_for_persistent_blocks(cache, blocks, splits, multiprocessors):
-            return _Division(1, persistent_blocks=multiprocessors)
-        nbytes = _bytes_of_block(cache)
-        at_once = 2 * multiprocessors  # small blocks
-        can_be_small = cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8
-        few_rounds = multiprocessors < blocks <= _SMALL_ROUNDS * at_once
-        if can_be_small and few_rounds and num_splits(blocks, most, at_once) == 1:
-            return _Division(1, small_blocks=True, starts_early=blocks > at_once or nbytes < _LATE_BYTES)
-        cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
-        if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
-            return _Division(cluster, clustered=True)
-    return _Division(splits)
-
-
-def _is_for_persistent_blocks(cache: CacheTensors, blocks: int, splits: int, multiprocessors: int) -> bool:
-    """Whether blocks that share out all there is to read are better than ones with one split each.
-
-    They are where splits need more than one round on the multiprocessors or leave some of those idle, and where
-    sequences may differ much in length: in a cache that drops nothing. Otherwise they take longer to begin and to
-    merge, which shows unless they have much to read.
-    """
-    layout, nbytes = cache.layout, _bytes_of_block(cache)
-    each = blocks * nbytes // multiprocessors
-    if layout.ring is None and not layout.pattern.is_dense:
-        return False  # how much of the slots a query sees is another question
-    if not 0 < cache.batch <= _MAX_SEQUENCES or blocks * cache.slots > _MAX_SLOTS or each < _EVENING_BYTES:
-        return False
-    rounds = blocks * splits / multiprocessors
-    if rounds / math.ceil(rounds) < _EVEN or (splits > 1 and rounds > 1):
-        return True
-    fits, may_be_ragged = blocks <= multiprocessors, layout.pattern.is_dense and cache.batch > 1
-    return (fits and (may_be_ragged or each >= _PERSISTENT_BYTES)) or (may_be_ragged and nbytes >= _PERSISTENT_BYTES)
-
-
-def _bytes_of_block(cache: CacheTensors) -> int:
-    """Of the keys and values of a KV head of a sequence, at most: what a block without splits reads."""
-    return 2 * cache.slots * cache.head_dim * cache.k.element_size()
 
 
 def _has_slots(cache: CacheTensors) -> bool:

@@ -1,0 +1,108 @@
+"""How the decode kernels' work is divided among thread blocks.
+
+It depends on sizes alone, not on lengths: a CUDA graph is replayed while the cache grows.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+from longgen_kernels.cache_layout import GRANULE
+from longgen_kernels.kernels.cache_problem import CacheTensors, max_tiles, num_splits
+
+__all__ = ["Division", "division_of"]
+
+_MAX_SPLITS = 128
+_CHUNKS_A_SPLIT = 4  # of 16 slots, at least: a split of a few chunks is not worth its part in the merge
+_MAX_CLUSTER = 8  # thread blocks
+_CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
+_SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
+_SMALL_ROUNDS = 2  # of the small blocks that run at once, at most
+_LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
+_MAX_SEQUENCES = 32  # that persistent blocks share out
+_MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
+# Of keys and values that a persistent block reads, at least, where sequences may be ragged, and in any case.
+_RAGGED_BYTES, _LONG_BYTES = 2 << 20, 8 << 20
+# What a multiprocessor could read while blocks begin and merge, fitted to what was measured on an H200: blocks that all
+# run at once or are not split, others, persistent ones. And the share of its time that it needs for what it reads where
+# others are idle.
+_ROUND_COST, _ROUNDS_COST, _PERSISTENT_COST, _ALONE = 144 << 10, 304 << 10, 256 << 10, 0.945
+
+
+class Division(NamedTuple):
+    """What thread blocks there are; the last four on Hopper alone."""
+
+    splits: int  # of a sequence
+    clustered: bool = False  # whether they are a cluster
+    small_blocks: bool = False  # whether a multiprocessor holds two
+    starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
+    persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
+
+    def parts(self, blocks: int) -> int:
+        """How many results of parts of sequences meet in global memory."""
+        if self.persistent_blocks > 0:
+            return 2 * self.persistent_blocks
+        return blocks * self.splits if self.splits > 1 and not self.clustered else 0
+
+
+def division_of(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> Division:
+    """The division for `blocks` tiles of query rows, each with a sequence's keys of one KV head.
+
+    `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Where there are more tiles
+    than multiprocessors and small blocks share out the work evenly without splits, in a round or two, they read while
+    others begin or end; if all of them run at once and for long, places that the kernel ahead frees one by one suit
+    them less than all together, by what was measured. A cluster merges its splits sooner than blocks that meet in
+    global memory, but clusters do not fit on all multiprocessors: on half of them they do, which is enough to read what
+    is short. Persistent blocks even out what splits would not, and sequences of different lengths, and leave memory idle
+    the least where there is much to read, but they take longer to begin and to merge.
+    """
+    most = min(_MAX_SPLITS, max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT))
+    if not bulk:
+        return Division(num_splits(blocks, most, multiprocessors))
+    nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()  # that a block without splits reads
+    each = blocks * nbytes // multiprocessors
+    persistent = Division(1, persistent_blocks=multiprocessors) if _can_be_persistent(cache, blocks) else None
+    if persistent and _is_long(cache, blocks <= multiprocessors, nbytes, each):
+        return persistent
+    at_once = 2 * multiprocessors  # small blocks
+    can_be_small = cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8
+    few_rounds = multiprocessors < blocks <= _SMALL_ROUNDS * at_once
+    if can_be_small and few_rounds and num_splits(blocks, most, at_once) == 1:
+        return Division(1, small_blocks=True, starts_early=blocks > at_once or nbytes < _LATE_BYTES)
+    cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
+    if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
+        return Division(cluster, clustered=True)
+    splits, cost = _cheapest_splits(blocks, nbytes, most, multiprocessors)
+    if persistent and each + _PERSISTENT_COST < cost:
+        return persistent
+    return Division(splits)
+
+
+def _can_be_persistent(cache: CacheTensors, blocks: int) -> bool:
+    """Whether the kernel counts that far, and it is known how much there is to read: of plain tensors a sparse pattern
+    may show anything."""
+    shows_slots = cache.layout.ring is not None or cache.layout.pattern.is_dense
+    return shows_slots and 0 < cache.batch <= _MAX_SEQUENCES and blocks * cache.slots <= _MAX_SLOTS
+
+
+def _is_long(cache: CacheTensors, fits: bool, nbytes: int, each: int) -> bool:
+    """Whether persistent blocks are the fastest, or would be if sequences differed much in length: if nothing is
+    dropped they may. `fits`: a block for each tile fits on the multiprocessors."""
+    if cache.layout.pattern.is_dense and cache.batch > 1:
+        return each >= _RAGGED_BYTES and (fits or nbytes >= _LONG_BYTES)
+    return fits and each >= _LONG_BYTES
+
+
+@lru_cache(maxsize=4096)
+def _cheapest_splits(blocks: int, nbytes: int, most: int, multiprocessors: int) -> tuple[int, float]:
+    """The number of splits that takes the least time, and how much one of the multiprocessors could read in it."""
+
+    def cost(splits: int) -> float:
+        rounds = math.ceil(blocks * splits / multiprocessors)
+        reading = max(blocks * nbytes / multiprocessors, _ALONE * rounds * nbytes / splits)
+        return reading + (_ROUND_COST if rounds == 1 or splits == 1 else _ROUNDS_COST)
+
+    best = min(range(1, max(1, most) + 1), key=cost)
+    return best, cost(best)
