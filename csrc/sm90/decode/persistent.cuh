@@ -20,12 +20,15 @@ namespace longgen::sm90 {
 template <typename Traits>
 class Work {
   static constexpr unsigned kAll = 0xffffffff;
+  static constexpr int kMaxTokens = 1 << 30;
 
  public:
+  // Of lengths read too early, which may be anything, follows work that is not to be done, but no
+  // tile that there is not.
   __device__ Work(const DecodeParams& params, const Lengths& lengths)
       : tiles_(params.cache.kv_heads * params.row_tiles),
-        old_(lengths.old),
-        end_(lengths.end(params.new_tokens)),
+        old_(min(max(lengths.old, 0), kMaxTokens)),
+        end_(old_ + decode::tokens_of_said(params.new_tokens, lengths.said)),
         lane_places_(places_of(params, old_, end_)),
         upto_(sum_upto(tiles_ * lane_places_)),
         run_(__shfl_sync(kAll, upto_, 31), gridDim.x, blockIdx.x) {
