@@ -91,7 +91,8 @@ def test_a_step_writes_and_sees_what_is_read_later(
         assert torch.equal(as_bytes(a)[:, :, : 50 + n], as_bytes(b)[:, :, : 50 + n])
     later = longgen_attn_with_kvcache(q, other, return_lse=True, backend="cuda")
     for a, b in zip(step_result, later, strict=True):
-        torch.testing.assert_close(a, b)
+        eps = torch.finfo(a.dtype).eps
+        torch.testing.assert_close(a, b, rtol=16 * eps, atol=28 * eps)  # values are up to 7
 
 
 @head_dims

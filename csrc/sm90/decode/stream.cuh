@@ -30,7 +30,6 @@ class BulkStream {
   static constexpr int kChunks = Traits::kChunks;
   static constexpr int kStride = kChunks * Traits::kWarps;  // from one pair to the warp's next
   static constexpr int kPieces = Traits::kHeadDim / 8;      // of 8 elements, of a token
-  static constexpr int kTogether = 8;  // rounds after which warps wait for each other
   using NewElements = std::conditional_t<sizeof(Cached) == 1, uint2, uint4>;  // a piece's
 
  public:
@@ -138,16 +137,20 @@ class BulkStream {
       }
       parity_ ^= 1u << stage;
       if (++stage == Traits::kStages) stage = 0;
-      // Warps that drift apart leave memory idle in the end, while the last of them finish. But
-      // where computing takes as long as reading, as with e4m3, waiting costs more. All have this
-      // round, of a pair for each, if there is another after it.
-      const int together = (pair - begin_) / kStride * kStride + kStride;
-      if (Traits::kBytes == 2 && together % (kTogether * kStride) == 0 && begin_ + together < end_)
-        __syncthreads();
+      if (Traits::kBytes == 2 && is_meeting(pair)) __syncthreads();
     }
   }
 
  private:
+  // Whether warps wait for each other after the round, of a pair for each, that this one is in:
+  // when 4, 8, 16 and so on are left. If they drift apart, memory is idle while the last of them
+  // finish. But where computing takes as long as reading, as with e4m3, waiting costs more.
+  __device__ __forceinline__ bool is_meeting(int pair) const {
+    const int done = (pair - begin_) / kStride * kStride;
+    const int left = unsigned(end_ - begin_ - done - 1) / kStride;
+    return left >= 4 && (left & (left - 1)) == 0;
+  }
+
   // Copies keys (half 0) or values (half 1) of the next pair to the stage. After the values, the
   // pair after it is the next.
   __device__ __forceinline__ void fetch(int stage, int half) {
