@@ -159,6 +159,7 @@ TABLES = (
             "2048, 32, batch 8": "mha_2048_batch_8",
             "9216, 32, batch 8": "mha_9216_batch_8",
             "131072, 8, batch 8": "gqa_128K_batch_8",
+            "16384 to 131072, 8, batch 8": "gqa_128K_ragged_batch_8",
         },
         passes=("step",),
         digits=1,

@@ -53,7 +53,8 @@ def figures_file(path: Path, **changed: float) -> Path:
     """The decode results with other medians for the peers that are named."""
     data = json.loads((tables.RESULTS / "h200-decode.json").read_text())
     for record in data["records"]:
-        record["median_us"] = changed.get(record["peer"], record["median_us"])
+        if record["status"] == "ok":
+            record["median_us"] = changed.get(record["peer"], record["median_us"])
     path.write_text(json.dumps(data))
     return path
 
