@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longgen_kernels.cache_layout import CacheLayout
 from model_integration import GraphDecoder, LongGenCache, LongGenLlamaConfig
+from model_integration.cache_name import CACHE_NAME
 from model_integration.decoding import captured
 from model_integration.loss import next_token_loss
 from model_integration.training.activations import recompute_activations
@@ -109,7 +110,7 @@ class Contender:
 
     def step(self, ids: Tensor, cache: Cache) -> Tensor:
         with torch.no_grad():
-            output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            output = self.model(ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
         logits: Tensor = output.logits[:, -1]
         return logits
 

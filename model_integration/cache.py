@@ -25,6 +25,8 @@ class LongGenCacheLayer(CacheLayerMixin):
     Attributes: `kv`, None before the first tokens; `seen`, tokens of a row so far, padding included.
     """
 
+    is_croppable = True  # transformers asks from 5.24 on
+
     def __init__(self, pattern: AttentionPattern, max_length: int) -> None:
         super().__init__()
         self.pattern = pattern
@@ -98,7 +100,8 @@ class LongGenCacheLayer(CacheLayerMixin):
 class LongGenCache(Cache):
     """The cache of a LongGen hybrid; `generate` makes one by itself.
 
-    It works like transformers' DynamicCache: pass it as `past_key_values`, also to several calls, copy it, reorder it.
+    It works like transformers' DynamicCache: pass it as `cache` (before transformers 5.24 `generate` calls it
+    `past_key_values`, a hybrid takes either name), also to several calls, copy it, reorder it.
     It takes no gradients, and `crop` goes back 16 tokens for certain, which is what assisted decoding may draft.
 
     Args:

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from model_integration import attention
 from model_integration.cache import LongGenCache
+from model_integration.cache_name import CACHE_NAME
 from model_integration.configuration import LongGenConfig
 
 
@@ -51,7 +52,7 @@ class GraphDecoder:
     ... )
     >>> model, cache = LongGenLlamaForCausalLM(config).eval(), LongGenCache(config, max_length=100)
     >>> with torch.no_grad():
-    ...     logits = model(torch.randint(0, 50, (1, 10)), past_key_values=cache).logits[:, -1]
+    ...     logits = model(torch.randint(0, 50, (1, 10)), cache=cache).logits[:, -1]
     >>> decoder = GraphDecoder(model, cache)
     >>> for _ in range(5):
     ...     logits = decoder.step(logits.argmax(-1))
@@ -70,7 +71,7 @@ class GraphDecoder:
         if reason is not None:
             raise NotImplementedError(f"decoding with a CUDA graph: {reason}")
         if not cache.kv:
-            raise ValueError("cache is empty: let the model read the prompt with past_key_values=cache first")
+            raise ValueError("cache is empty: let the model read the prompt with cache=cache first")
         self.model, self.cache = model, cache
         first = cache.kv[0]
         self._captures = first.k.device.type == "cuda"
@@ -110,7 +111,7 @@ class GraphDecoder:
         with torch.no_grad():
             positions = self.cache.kv[0].seqlens.long()[:, None]
             output = self.model(
-                self._tokens, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                self._tokens, position_ids=positions, cache=self.cache, use_cache=True, logits_to_keep=1
             )
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -129,7 +130,7 @@ class GraphedCall:
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's own arguments and result; of the logits the last token's, valid until the next call."""
-        ids, cache = inputs.get("input_ids"), inputs["past_key_values"]
+        ids, cache = inputs.get("input_ids"), inputs[CACHE_NAME]
         extras = inputs.get("output_hidden_states") or inputs.get("output_attentions")
         if ids is None or ids.shape[1] != 1 or cache.get_seq_length() == 0 or extras:
             return self._model(**inputs)
@@ -140,7 +141,7 @@ class GraphedCall:
                 self._decoder = GraphDecoder(self._model, cache)
             return self._model(**inputs)
         logits = self._decoder.step(ids)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE_NAME: cache})
 
 
 def captured(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:

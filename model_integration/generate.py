@@ -26,6 +26,7 @@ from transformers.utils import logging
 from longgen_kernels.patterns import MAX_POSITION
 from model_integration.attention import IMPLEMENTATIONS
 from model_integration.cache import LongGenCache
+from model_integration.cache_name import CACHE_NAME
 from model_integration.command_line import (
     OneLineParser,
     UsageError,
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer, model = load(args)
         inputs = tokenizer(args.prompt, return_tensors="pt", return_token_type_ids=False).to(args.device)
         output, times = continue_prompt(args, tokenizer, model, inputs)
-    print(speed(times), memory(output.past_key_values), sep="\n", file=sys.stderr)
+    print(speed(times), memory(output[CACHE_NAME]), sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

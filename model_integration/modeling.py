@@ -32,6 +32,7 @@ from transformers.utils.output_capturing import capture_outputs
 from longgen_kernels import AttentionPattern
 from model_integration import attention
 from model_integration.cache import LongGenCache
+from model_integration.cache_name import CACHE_NAME, takes_either_name
 from model_integration.configuration import (
     LongGenConfig,
     LongGenLlamaConfig,
@@ -96,6 +97,7 @@ class LongGenModel(LongGenPreTrainedModel):
         for layer, pattern in zip(self.layers, config.layer_patterns, strict=True):
             layer.self_attn.pattern = pattern
 
+    @takes_either_name
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -103,7 +105,7 @@ class LongGenModel(LongGenPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         sequence_shard: SequenceShard | None = None,
@@ -115,17 +117,14 @@ class LongGenModel(LongGenPreTrainedModel):
             input_ids: (batch, tokens), or inputs_embeds (batch, tokens, hidden_size).
             attention_mask: (batch, cached + new tokens), 0 for padding on either side; 4-D masks raise ValueError.
             position_ids: (batch or 1, tokens); where they restart, a packed sequence begins.
-            past_key_values: a LongGenCache keeps what the patterns can still show; any other keeps every token.
+            cache: a LongGenCache keeps what the patterns can still show; any other keeps every token. Also as
+                `past_key_values`.
             sequence_shard: the batch is this rank's part of longer sequences, packed as the shard says; position_ids
                 then only rotate. No mask and no cache with it.
             cu_seq_lens_q, max_length_q: boundaries of packed sequences, as DataCollatorWithFlattening gives them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if kwargs.get("cache") is not None:
-            raise ValueError(
-                "continuous batching (a paged cache) is not supported: its attention functions would run dense"
-            )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, q_length = hidden_states.shape[:2]
         if sequence_shard is not None:
@@ -134,27 +133,25 @@ class LongGenModel(LongGenPreTrainedModel):
                     f"sequence_shard needs attn_implementation={attention.NAME!r}, "
                     f"got {self.config._attn_implementation!r}"
                 )
-            excluded = {"attention_mask": attention_mask, "past_key_values": past_key_values}
+            excluded = {"attention_mask": attention_mask, CACHE_NAME: cache}
             excluded["cu_seq_lens_q"] = kwargs.get("cu_seq_lens_q")
             sequence_shard.check(self.config, batch_size, q_length, **excluded)
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        layer_cache = past_key_values
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        layer_cache = cache
         masks: dict[AttentionPattern, Any]
         if sequence_shard is not None:
             masks = {layer.self_attn.pattern: sequence_shard for layer in self.layers}
             position_ids = sequence_shard.position_ids(hidden_states.device) if position_ids is None else position_ids
-        elif isinstance(past_key_values, LongGenCache) and self.config._attn_implementation == attention.NAME:
+        elif isinstance(cache, LongGenCache) and self.config._attn_implementation == attention.NAME:
             # The attention function appends and attends in one: it finds the cache in its mask, the layers none.
             packing = kwargs.get("cu_seq_lens_q")
-            step = past_key_values.step(
-                batch_size, q_length, hidden_states.device, attention_mask, position_ids, packing
-            )
+            step = cache.step(batch_size, q_length, hidden_states.device, attention_mask, position_ids, packing)
             masks, layer_cache = {layer.self_attn.pattern: step for layer in self.layers}, None
         else:
-            masks = self._masks(past_key_values, hidden_states, attention_mask, position_ids, kwargs)
+            masks = self._masks(cache, hidden_states, attention_mask, position_ids, kwargs)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + q_length, device=hidden_states.device)[None]
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -164,11 +161,11 @@ class LongGenModel(LongGenPreTrainedModel):
                 attention_mask=masks[layer.self_attn.pattern],
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=layer_cache,
                 use_cache=use_cache,
+                **{CACHE_NAME: layer_cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
     def _masks(
         self,
@@ -227,13 +224,14 @@ class LongGenForCausalLM(LongGenPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_either_name
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -252,7 +250,7 @@ class LongGenForCausalLM(LongGenPreTrainedModel):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
+            CACHE_NAME: cache,
             "inputs_embeds": inputs_embeds,
             "use_cache": use_cache,
         }
@@ -262,9 +260,9 @@ class LongGenForCausalLM(LongGenPreTrainedModel):
         outputs = self.model(**inputs, **kwargs)
         return CausalLMOutputWithPast(
             loss=next_token_loss(outputs.last_hidden_state, self.lm_head, labels, self.config.vocab_size, **kwargs),
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     @staticmethod
@@ -283,11 +281,11 @@ class LongGenForCausalLM(LongGenPreTrainedModel):
         """A LongGenCache where transformers would make a DynamicCache without having been asked for one."""
         if (
             self.config._attn_implementation == attention.NAME
-            and model_kwargs.get("past_key_values") is None
+            and model_kwargs.get(CACHE_NAME) is None
             and generation_config.use_cache is not False
             and generation_config.cache_implementation is None
         ):
-            model_kwargs["past_key_values"] = LongGenCache(self.config, max_length=max_cache_length)
+            model_kwargs[CACHE_NAME] = LongGenCache(self.config, max_length=max_cache_length)
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -295,7 +293,7 @@ class LongGenForCausalLM(LongGenPreTrainedModel):
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: GenerationConfig) -> bool:
         """Whether greedy decoding and sampling take `get_compiled_call`'s steps instead of the model's own."""
-        if generation_config.compile_config is None and isinstance(model_kwargs.get("past_key_values"), LongGenCache):
+        if generation_config.compile_config is None and isinstance(model_kwargs.get(CACHE_NAME), LongGenCache):
             on_gpu = self.device.type == "cuda" and graph_unsupported(self) is None
             return on_gpu and not generation_config.disable_compile
         return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
@@ -306,7 +304,7 @@ class LongGenForCausalLM(LongGenPreTrainedModel):
         others = super().get_compiled_call
 
         def call(**inputs: Any) -> Any:
-            sparse = isinstance(inputs.get("past_key_values"), LongGenCache)
+            sparse = isinstance(inputs.get(CACHE_NAME), LongGenCache)
             return graphed(**inputs) if sparse else others(compile_config)(**inputs)
 
         return call

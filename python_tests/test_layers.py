@@ -25,7 +25,7 @@ LAYERS = [
     ["longgen_kernels"],
     ["longgen_kernels.benchmark"],
     ["longgen_kernels.__main__"],
-    [f"model_integration.{name}" for name in ("configuration", "data", "layout", "loss")],
+    [f"model_integration.{name}" for name in ("cache_name", "configuration", "data", "layout", "loss")],
     [f"model_integration.{name}" for name in ("cache", "context_parallel")],
     ["model_integration.attention"],
     [f"model_integration.{name}" for name in ("command_line", "decoding")],

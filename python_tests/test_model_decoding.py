@@ -17,6 +17,7 @@ from model_integration import (
     LongGenLlamaForCausalLM,
     decoding,
 )
+from model_integration.cache_name import CACHE_NAME
 
 PROMPT = 150
 OPTIONS = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -80,7 +81,7 @@ def graphs(monkeypatch):
     monkeypatch.setattr(GraphDecoder, "__init__", capturing)
 
     def on_a_gpu(model, model_kwargs, generation_config):
-        return isinstance(model_kwargs.get("past_key_values"), LongGenCache) and not generation_config.disable_compile
+        return isinstance(model_kwargs.get(CACHE_NAME), LongGenCache) and not generation_config.disable_compile
 
     monkeypatch.setattr(LongGenLlamaForCausalLM, "_valid_auto_compile_criteria", on_a_gpu)
     return graphs
@@ -192,7 +193,7 @@ def test_generation_says_the_same_with_a_graph(model, tokens, graphs, how, pads)
     assert results[0].sequences.tolist() == results[1].sequences.tolist()
     for name in ("scores", "logits"):
         torch.testing.assert_close(results[0].get(name), results[1].get(name), rtol=0, atol=0)
-    caches = [result.past_key_values for result in results]
+    caches = [result[CACHE_NAME] for result in results]
     assert type(caches[1]) is LongGenCache
     assert host_counts(caches[0]) == host_counts(caches[1])
     # The model's own step checks mask and positions, the decoder's first is not captured yet.
@@ -215,8 +216,8 @@ def test_continues_with_the_cache_of_an_earlier_call(model, tokens, graphs):
     options = {**OPTIONS, "return_dict_in_generate": True}
     first = model.generate(tokens, **options)
     longer = torch.cat([first.sequences, tokens[:, :21]], dim=1)
-    second = model.generate(longer, past_key_values=first.past_key_values, **options)
-    assert second.past_key_values is first.past_key_values
+    second = model.generate(longer, **{CACHE_NAME: first[CACHE_NAME]}, **options)
+    assert second[CACHE_NAME] is first[CACHE_NAME]
     assert second.sequences.tolist() == model.generate(longer, disable_compile=True, **options).sequences.tolist()
     assert graphs.captures == 2
 
@@ -238,7 +239,8 @@ def test_other_ways_of_generating_take_the_models_own_steps(how, tokens, graphs)
         output = model.generate(tokens[:1], **OPTIONS, **how, disable_compile=without)
         results.append(output.tolist() if isinstance(output, torch.Tensor) else output.sequences.tolist())
     assert results[0] == results[1]
-    assert graphs.captures == 0
+    # Of prompt lookup, transformers compiles steps of a single token from 5.24 on.
+    assert graphs.captures == 0 or "prompt_lookup_num_tokens" in how
 
 
 def test_position_ids_that_do_not_count_the_tokens_are_obeyed(model, tokens, graphs):
@@ -254,7 +256,7 @@ def test_position_ids_that_do_not_count_the_tokens_are_obeyed(model, tokens, gra
 
 def test_when_generate_takes_a_graph(monkeypatch):
     hybrid, masked = make_model(), make_model(attn_implementation="sdpa")
-    sparse, dense = {"past_key_values": LongGenCache(hybrid.config)}, {"past_key_values": DynamicCache()}
+    sparse, dense = {CACHE_NAME: LongGenCache(hybrid.config)}, {CACHE_NAME: DynamicCache()}
 
     def takes(model, cache, **options):
         return model._valid_auto_compile_criteria(cache, GenerationConfig(**options))

@@ -311,6 +311,7 @@ def test_gradients_of_packed_and_padded_batches_agree(hybrid, tokens):
         ({"attention_mask": torch.ones(2, LENGTH - 1)}, "has 40 columns"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 40])}, "ends at 40, but there are 82 tokens"),
         ({"cache": object()}, "continuous batching"),
+        ({"cache": DynamicCache(), "past_key_values": DynamicCache()}, "by one name"),
     ],
 )
 def test_ambiguous_masks_are_refused(hybrid, tokens, arguments, message):
