@@ -80,12 +80,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const bool paged = params.cache.block_table != nullptr;
   Lengths lengths{}, now;
   if (!paged) lengths = read_lengths(params, tile.sequence);
-  if (threadIdx.x % 32 == 0) {
-    prefetch_descriptor(maps.k);
-    prefetch_descriptor(maps.v);
-    BulkStream<Traits>::init_barriers(shared, warp);
-  }
-  __syncwarp();
+  BulkStream<Traits>::set_up(maps, shared, warp);
   const bool clustered = Traits::kMaxCluster > 1 && params.clustered;
   if (clustered) {
     if (threadIdx.x == 0) expect_parts<Traits>(tile, split, params.splits, shared);

@@ -103,12 +103,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const bool paged = params.cache.block_table != nullptr;
   Lengths lengths{};
   if (!paged) lengths = read_lengths(params, sequence);
-  if (threadIdx.x % 32 == 0) {
-    prefetch_descriptor(maps.k);
-    prefetch_descriptor(maps.v);
-    BulkStream<Traits>::init_barriers(shared, warp);
-  }
-  __syncwarp();
+  BulkStream<Traits>::set_up(maps, shared, warp);
   let_next_kernel_start();
   if (paged) {
     wait_for_previous_kernels();

@@ -44,12 +44,18 @@ class BulkStream {
         shared_(shared) {}
 
   // Once, before anything else.
-  static __device__ __forceinline__ void init_barriers(typename Traits::Shared& shared, int warp) {
-    for (int i = 0; i < Traits::kStages + (warp == Traits::kWarps - 1); ++i) {
-      shared.full[warp * Traits::kStages + i][0].init(kChunks);
-      shared.full[warp * Traits::kStages + i][1].init(kChunks);
+  static __device__ __forceinline__ void set_up(const CacheMaps& maps,
+                                                typename Traits::Shared& shared, int warp) {
+    if (threadIdx.x % 32 == 0) {
+      prefetch_descriptor(maps.k);
+      prefetch_descriptor(maps.v);
+      for (int i = 0; i < Traits::kStages + (warp == Traits::kWarps - 1); ++i) {
+        shared.full[warp * Traits::kStages + i][0].init(kChunks);
+        shared.full[warp * Traits::kStages + i][1].init(kChunks);
+      }
+      fence_barrier_init();
     }
-    fence_barrier_init();
+    __syncwarp();
   }
 
   static __device__ __forceinline__ int pairs_of(const CacheSlots& slots) {
