@@ -271,13 +271,17 @@ def test_hopper_deterministic_dq_overlaps_arithmetic_with_matrix_products() -> N
 def test_hopper_decode_copies_in_bulk_and_merges_in_clusters() -> None:
     """Chunks come as boxes, no local memory; parts go to other blocks without a fence of the whole GPU before them."""
     kernels = [text for text in hopper_kernels("decode_kernel") if "CacheMaps" in name_of(text)]
-    # Two types, four head_dims, 8 or 16 rows up to head_dim 128; of fp8 caches two head_dims; small blocks of the
-    # three up to 128, not of fp8 caches.
-    small = [text for text in kernels if "Lb1E" in name_of(text)]
-    assert (len(kernels), len(small)) == (14 + 8 + 12, 12)
+    # Two types, four head_dims, 8 or 16 rows up to head_dim 128; of fp8 caches two head_dims; persistent blocks of all
+    # these, small ones of the three head_dims up to 128, not of fp8 caches.
+    big, small, persistent = ([text for text in kernels if f"BlocksE{i}E" in name_of(text)] for i in range(3))
+    assert [len(kind) for kind in (big, small, persistent)] == [14 + 8, 12, 14 + 8]
+    assert len(kernels) == 56
     for text in kernels:
         assert not re.search(r"\b(LDL|STL)", text), name_of(text)
+        assert not re.search(r"\bLD\.", text), (
+            "parameters are constants: read as memory, copies begin microseconds later"
+        )
         assert "UTMALDG" in text
-        assert ("STAS" in text) != (text in small)  # small blocks are no clusters
+        assert ("STAS" in text) == (text in big)  # others are no clusters
         # Nothing that other kernels wrote is read through the level-1 cache before they have ended.
         assert "LDG.E.CONSTANT" not in text
