@@ -29,7 +29,7 @@ from bench import machine
 from longgen_kernels import AttentionPattern, SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.benchmark import gate
 from longgen_kernels.benchmark.packages import one_line, why_not_installed
-from longgen_kernels.benchmark.timing import GPU_WARM_UP_S, Effort, Result, Timing, measure, measure_by_turns
+from longgen_kernels.benchmark.timing import GPU_WARM_UP_S, Effort, Result, Timing, captured, measure, measure_by_turns
 
 SEEN = 131072  # tokens, of which a sparse cache keeps a part
 SPARE = 8192  # tokens that the steps of a turn may append
@@ -67,6 +67,7 @@ class DecodeCase:
 
     @property
     def kept_by_all(self) -> int:
+        """Keys that the queries of all sequences see."""
         return sum(map(self.pattern.kept_tokens, self.lengths))
 
     @property
@@ -266,28 +267,35 @@ def time_case(case: DecodeCase, peers: Sequence[str], device: torch.device, effo
     """Of each peer on one case microseconds a layer and bytes a second, or the reason why there are none."""
     failures: dict[str, dict[str, Any]] = {}
     layers: dict[str, list[Step]] = {}
+    models: dict[str, Callable[[], Result]] = {}
     with torch.no_grad():
         for name in peers:
             try:
                 steps = PEERS[name](case, device)
-                steps[0]()
-                layers[name] = steps
+                models[name] = _model(steps, effort.cuda_graph)
+                layers[name] = steps  # must live as long as a graph of them
             except NotImplementedError as error:
                 failures[name] = {"status": "unsupported", "reason": one_line(error)}
             except Exception as error:  # its result, and no reason to stop the others
                 failures[name] = {"status": "error", "reason": one_line(error)}
-
-        def model(steps: list[Step]) -> Callable[[], Result]:
-            return lambda: tuple(step() for step in steps)
 
         def rewind() -> None:
             for step in itertools.chain.from_iterable(layers.values()):
                 if isinstance(step, CacheStep):
                     step.rewind()
 
-        models = {name: model(steps) for name, steps in layers.items()}
         timings = measure_by_turns(models, device, effort, rewind) if models else {}
     return [_record(case, name, timings.get(name), failures.get(name, {})) for name in peers]
+
+
+def _model(steps: list[Step], cuda_graph: bool) -> Callable[[], Result]:
+    """All layers' steps, which have run once; if wanted, as one CUDA graph."""
+
+    def model() -> Result:
+        return tuple(step() for step in steps)
+
+    model()
+    return captured(model) if cuda_graph else model
 
 
 def _record(case: DecodeCase, name: str, timing: Timing | None, failure: dict[str, Any]) -> dict[str, Any]:

@@ -94,13 +94,9 @@ def measure_by_turns(
     `TURN_S` seconds, timed together. They have the level-2 cache as they find it: a call should go through more memory
     than that holds. `before_turn` may undo what calls have changed.
 
-    `effort` counts whole rounds. With `effort.cuda_graph`, see `measure`.
+    `effort` counts whole rounds; calls are timed as they are: what is to be a CUDA graph is captured before.
     """
     effort = effort or Effort()
-    if effort.cuda_graph and device.type == "cuda":
-        for call in calls.values():
-            call()
-        calls = {name: captured(call) for name, call in calls.items()}
     before_turn = before_turn or (lambda: None)
     count, warm = 0, 0.0
     seconds: dict[str, float] = {}
