@@ -6,21 +6,26 @@
 
 using namespace longgen::sm90;
 
+constexpr int kBeginning = 6;
+
 // 0, or what is wrong. Tile t has pairs[t] pairs of chunks, and places for places[t] of them.
 extern "C" int check_runs(int tiles, const int* pairs, const int* places, int blocks) {
   std::vector<int> start(tiles + 1);
   std::vector<std::vector<int>> reads(tiles);    // how often each pair is read
   std::vector<std::vector<int>> writers(tiles);  // of each part, in the order of parts
   for (int t = 0; t < tiles; ++t) {
-    start[t + 1] = start[t] + places[t] + Run::kBeginning;
+    start[t + 1] = start[t] + places[t] + kBeginning;
     reads[t].resize(pairs[t]);
   }
   std::vector<int> parts(tiles, -1), written(2 * blocks);
   for (int block = 0; block < blocks; ++block) {
-    Run run(start[tiles], blocks, block);
+    Run<kBeginning> run(start[tiles], blocks, block);
     int t = 0;
-    while (!run.empty()) {
+    if (!run.empty()) {
       while (start[t + 1] <= run.next()) ++t;
+      run.go_on(start[t], start[t + 1]);
+    }
+    while (!run.empty()) {
       const Piece piece = run.piece(start[t], start[t + 1], pairs[t]);
       if (piece.pairs.first < 0 || piece.pairs.last > pairs[t]) return 1;
       for (int pair = piece.pairs.first; pair < piece.pairs.last; ++pair) ++reads[t][pair];
@@ -29,10 +34,11 @@ extern "C" int check_runs(int tiles, const int* pairs, const int* places, int bl
       if (parts[t] != piece.parts) return 3;
       writers[t].push_back(piece.part);
       if (piece.parts > 1) {
-        const int place = Run::place_of_part(piece.first_block, piece.part);
+        const int place = place_of_part(piece.first_block, piece.part);
         if (place < 0 || place >= 2 * blocks || ++written[place] > 1) return 4;
       }
-      run.finish(start[t + 1]);
+      ++t;
+      run.go_on(start[t], t < tiles ? start[t + 1] : start[t] + 1);
     }
   }
   for (int t = 0; t < tiles; ++t) {
@@ -50,12 +56,12 @@ extern "C" void runs(int places, int blocks, int* longest, int* shortest) {
   *longest = 0;
   *shortest = places;
   for (int block = 0; block < blocks; ++block) {
-    Run run(places, blocks, block);
+    Run<kBeginning> run(places, blocks, block);
     const int first = run.next();
     int size = 0;
     while (!run.empty()) {
       ++size;
-      run.finish(first + size);
+      run.go_on(first + size, first + size + 1);
     }
     *longest = size > *longest ? size : *longest;
     *shortest = size < *shortest ? size : *shortest;

@@ -182,9 +182,15 @@ def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("kind", ["causal", "strided blocks with per-head phases"])
-def test_ragged_batches_of_persistent_blocks(kind: str, n: int, poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """32 sequences, as many as there may be, from none to thousands of tokens; twice the same bits."""
-    take("persistent blocks", monkeypatch)
+@pytest.mark.parametrize("blocks", [132, 300])
+def test_ragged_batches_of_persistent_blocks(
+    blocks: int, kind: str, n: int, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 sequences, as many as there may be, from none to thousands of tokens; twice the same bits.
+
+    Of more blocks than run at once, some begin when those that share their first tile have ended.
+    """
+    monkeypatch.setattr(decode, "division_of", lambda *_: Division(1, persistent_blocks=blocks))
     lengths = [int(3000 * (i / 31) ** 3) for i in range(32)]
     model, cache = model_and_cache(PATTERNS[kind], "cuda", poison, batch=32, max_seqlen=3100)
     prefill(model, cache, lengths, "cuda")

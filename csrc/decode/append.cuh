@@ -53,6 +53,16 @@ __device__ __forceinline__ uint32_t take_ticket(uint32_t* ticket, uint32_t block
   return before;
 }
 
+// How many have counted up, or fewer. Who sees all but itself sees all that those wrote before.
+__device__ __forceinline__ uint32_t tickets_taken(const uint32_t* ticket) {
+  uint32_t taken;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+               : "=r"(taken)
+               : "l"(__cvta_generic_to_global(ticket))
+               : "memory");
+  return taken;
+}
+
 // Counts up to `blocks`, and then from 0 again; returns whether this was the last. Who gets true
 // sees all that the others wrote before.
 __device__ __forceinline__ bool counts_last(uint32_t* ticket, uint32_t blocks) {
@@ -64,10 +74,42 @@ __device__ __forceinline__ bool counts_last(uint32_t* ticket, uint32_t blocks) {
   return before == blocks - 1;
 }
 
-// The same for blocks, each with what all its threads wrote.
-__device__ __forceinline__ bool is_last(uint32_t* ticket, uint32_t blocks) {
-  __syncthreads();
-  return __syncthreads_or(threadIdx.x == 0 && counts_last(ticket, blocks));
+// Threads that work together: a block, some of its warps.
+template <int kThreads>
+struct BlockTeam {
+  static __device__ __forceinline__ int index() { return threadIdx.x; }
+  static __device__ __forceinline__ int size() { return kThreads; }
+  static __device__ __forceinline__ void sync() { __syncthreads(); }
+  static __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x); }
+};
+template <int kBarrier, int kThreads, int kFirst = 0>
+struct NamedTeam {  // of the threads of a block, those from the first on
+  static __device__ __forceinline__ int index() { return threadIdx.x - kFirst; }
+  static __device__ __forceinline__ int size() { return kThreads; }
+  static __device__ __forceinline__ void sync() {
+    asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+  }
+  static __device__ __forceinline__ bool any(bool x) {
+    uint32_t any;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "setp.ne.u32 p, %1, 0;\n"
+        "bar.red.or.pred p, %2, %3, p;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(uint32_t(x)), "n"(kBarrier), "n"(kThreads)
+        : "memory");
+    return any != 0;
+  }
+};
+
+// The same for a team of each block, with what all its threads wrote.
+template <typename Team>
+__device__ __forceinline__ bool is_last(Team team, uint32_t* ticket, uint32_t blocks) {
+  team.sync();
+  return team.any(team.index() == 0 && counts_last(ticket, blocks));
 }
 
 }  // namespace longgen::decode

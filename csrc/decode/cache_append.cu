@@ -30,8 +30,9 @@ __global__ void __launch_bounds__(32 * kWarps)
       decode::write_token<T, Cached, kHeadDim>(params.cache, params.scales, params.new_tokens,
                                                sequence, kv_head, i, slot);
   }
+  using Team = decode::BlockTeam<32 * kWarps>;
   if (params.new_tokens.advance &&
-      decode::is_last(params.tickets + sequence, gridDim.x * gridDim.y) && threadIdx.x == 0)
+      decode::is_last(Team(), params.tickets + sequence, gridDim.x * gridDim.y) && threadIdx.x == 0)
     params.cache.seqlens[sequence] = end;
 }
 

@@ -2,30 +2,38 @@
 // keys. Always in the same order.
 #pragma once
 
+#include "arch/pack.cuh"
 #include "attention/softmax.cuh"
 #include "decode/append.cuh"
 #include "decode/tile.cuh"
-#include "vector.cuh"
 
 namespace longgen::decode {
 
-// Two neighbouring elements of a row's output, not divided by the sum of its weights, which are
+// Neighbouring elements of a row's output, not divided by the sum of its weights, which are
 // relative to 2^offset: -inf where the row saw nothing.
+template <int kElements>
+struct alignas(4 * kElements) Elements {
+  float at[kElements];
+};
+template <int kElements_>
 struct Part {
-  float offset, sum;
-  float2 out;
+  static constexpr int kElements = kElements_;
+  float offset = -INFINITY, sum = 0.f;
+  Elements<kElements_> out{};
 };
 
 // Reads the parts, kAtOnce of them without waiting for each other, and adds them up.
 template <int kAtOnce, typename Read>
-__device__ __forceinline__ Part merge(int parts, Read read) {
-  constexpr Part kNothing{-INFINITY, 0.f, {0.f, 0.f}};
-  Part all = kNothing;
+__device__ __forceinline__ auto merge(int parts, Read read) {
+  using Part = decltype(read(0));
+  Part all;
 #pragma unroll 1
   for (int first = 0; first < parts; first += kAtOnce) {
     Part next[kAtOnce];
 #pragma unroll
-    for (int p = 0; p < kAtOnce; ++p) next[p] = first + p < parts ? read(first + p) : kNothing;
+    for (int p = 0; p < kAtOnce; ++p) {
+      if (first + p < parts) next[p] = read(first + p);
+    }
     const float before = all.offset;
 #pragma unroll
     for (int p = 0; p < kAtOnce; ++p) all.offset = fmaxf(all.offset, next[p].offset);
@@ -33,38 +41,41 @@ __device__ __forceinline__ Part merge(int parts, Read read) {
     const float offset = all.offset == -INFINITY ? 0.f : all.offset;
     const float rescale = fast_exp2(before - offset);
     all.sum *= rescale;
-    all.out.x *= rescale;
-    all.out.y *= rescale;
+#pragma unroll
+    for (float& x : all.out.at) x *= rescale;
 #pragma unroll
     for (int p = 0; p < kAtOnce; ++p) {
       const float weight = fast_exp2(next[p].offset - offset);
       all.sum += weight * next[p].sum;
-      all.out.x += weight * next[p].out.x;
-      all.out.y += weight * next[p].out.y;
+#pragma unroll
+      for (int i = 0; i < Part::kElements; ++i) all.out.at[i] += weight * next[p].out.at[i];
     }
   }
   return all;
 }
 
-// Calls f(row, column) for the pairs of elements that are the `index`th of `threads` threads'.
-template <int kHeadDim, typename F>
-__device__ __forceinline__ void for_pairs(const Tile& tile, int index, int threads, F f) {
-  constexpr int kPairs = kHeadDim / 2;
+// Calls f(row, column) for runs of kElements elements: each of a team's threads has some.
+template <int kHeadDim, int kElements, typename Team, typename F>
+__device__ __forceinline__ void for_runs(const Tile& tile, Team team, F f) {
+  constexpr int kRuns = kHeadDim / kElements;  // of a row
 #pragma unroll 1
-  for (int i = index; i < tile.rows * kPairs; i += threads) f(i / kPairs, i % kPairs * 2);
+  for (int i = team.index(); i < tile.rows * kRuns; i += team.size())
+    f(i / kRuns, i % kRuns * kElements);
 }
 
 // A warp's find as a part.
-template <typename Found>
-__device__ __forceinline__ Part part_of(const Found& found, int row, int column, float scale) {
+template <int kElements, typename Found>
+__device__ __forceinline__ Part<kElements> part_of(const Found& found, int row, int column,
+                                                   float scale) {
+  const float* const out = found.out + row * Found::kStride + column;
   return {found.maximum[row] * scale, found.sum[row],
-          *reinterpret_cast<const float2*>(found.out + row * Found::kStride + column)};
+          *reinterpret_cast<const Elements<kElements>*>(out)};
 }
 
 // Stores a row's output, times `factor`, and LSE; 0 and -inf where it saw nothing.
-template <typename T>
+template <typename T, int kElements>
 __device__ __forceinline__ void store_result(const DecodeParams& params, const Tile& tile, int row,
-                                             int column, const Part& all, float factor) {
+                                             int column, const Part<kElements>& all, float factor) {
   constexpr float kLn2 = 0.6931471805599453f;
   const int token = tile.token(params, row), head = tile.head(params, row);
   const float share = all.sum != 0.f ? 1.f / all.sum * factor : 0.f;
@@ -72,33 +83,41 @@ __device__ __forceinline__ void store_result(const DecodeParams& params, const T
                  ((int64_t(tile.sequence) * params.n + token) * params.q_heads + head) *
                      params.cache.head_dim +
                  column;
-  out[0] = from_float<T>(all.out.x * share);
-  out[1] = from_float<T>(all.out.y * share);
+  struct alignas(2 * kElements) {
+    uint32_t pairs[kElements / 2];
+  } rounded;
+#pragma unroll
+  for (int i = 0; i < kElements; i += 2)
+    rounded.pairs[i / 2] = pack<T>(all.out.at[i] * share, all.out.at[i + 1] * share);
+  *reinterpret_cast<decltype(rounded)*>(out) = rounded;
   if (column == 0)
     params.lse[(int64_t(tile.sequence) * params.q_heads + head) * params.n + token] =
         all.sum != 0.f ? (all.offset + log2f(all.sum)) * kLn2 : -INFINITY;
 }
 
-// The parts of splits on their way through global memory. Other blocks write them in the same
-// launch, so they are read past the level-1 cache.
+// The parts of splits on their way through global memory, where the threads of a block have runs of
+// four elements. Other blocks write them in the same launch, so they are read past the level-1
+// cache.
 template <typename Traits>
 class GlobalParts {
  public:
+  using Part = decode::Part<4>;
+
   __device__ explicit GlobalParts(const DecodeParams& params)
       : out_(params.part_out), weights_(reinterpret_cast<float2*>(params.part_weights)) {}
 
   __device__ __forceinline__ void store(int64_t place, int row, int column,
                                         const Part& part) const {
     const int64_t i = place * Traits::kRows + row;
-    *reinterpret_cast<float2*>(out_ + i * Traits::kHeadDim + column) = part.out;
+    *reinterpret_cast<decltype(part.out)*>(out_ + i * Traits::kHeadDim + column) = part.out;
     if (column == 0) weights_[i] = {part.offset, part.sum};
   }
 
   __device__ __forceinline__ Part load(int64_t place, int row, int column) const {
     const int64_t i = place * Traits::kRows + row;
     const float2 weights = __ldcg(weights_ + i);
-    return {weights.x, weights.y,
-            __ldcg(reinterpret_cast<const float2*>(out_ + i * Traits::kHeadDim + column))};
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(out_ + i * Traits::kHeadDim + column));
+    return {weights.x, weights.y, {x.x, x.y, x.z, x.w}};
   }
 
  private:
@@ -106,44 +125,102 @@ class GlobalParts {
   float2* weights_;
 };
 
-// Merges what the warps of this block have found, and then, in the last block of the tile, what the
-// `count` blocks have that share it. `found(w)` is what a warp has; `place_of(p)` where the part of
-// the p-th block lies, of which this is number `mine`.
-template <typename Traits, typename OfWarp, typename PlaceOf>
-__device__ __forceinline__ void merge_through_memory(const DecodeParams& params, const Tile& tile,
-                                                     const typename Traits::Factors& factors,
-                                                     int mine, int count, OfWarp found,
-                                                     PlaceOf place_of) {
-  using T = typename Traits::T;
-  constexpr int kAtOnce = 16;
-  const float factor = factors.out;
-  const GlobalParts<Traits> parts(params);
-  for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
-    const Part part = merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
-      return part_of(found(w), row, column, factors.scores(params));
-    });
-    if (count == 1) {
-      store_result<T>(params, tile, row, column, part, factor);
-    } else {
-      parts.store(place_of(mine), row, column, part);
-    }
-  });
-  if (count == 1 || !is_last(params.tickets + params.cache.batch + tile.index, count)) return;
-  for_pairs<Traits::kHeadDim>(tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
-    store_result<T>(
-        params, tile, row, column,
-        merge<kAtOnce>(count, [&](int p) { return parts.load(place_of(p), row, column); }), factor);
-  });
+// What counts the blocks of a tile that have ended.
+__device__ __forceinline__ uint32_t* ticket_of(const DecodeParams& params, const Tile& tile) {
+  return params.tickets + params.cache.batch + tile.index;
 }
 
-// The same where each tile has params.splits.
+// Where the `count` blocks that share a tile meet: `place_of(p)` is where the part of the p-th
+// lies, of which this is number `mine`.
+template <typename Traits, typename PlaceOf>
+class SharedTile {
+  using T = typename Traits::T;
+  using Factors = typename Traits::Factors;
+  using Part = typename GlobalParts<Traits>::Part;
+
+ public:
+  __device__ SharedTile(const DecodeParams& params, const Tile& tile, int mine, int count,
+                        PlaceOf place_of)
+      : params_(params),
+        tile_(tile),
+        parts_(params),
+        mine_(mine),
+        count_(count),
+        place_of_(place_of) {}
+
+  // A team merges what the warps of its block have found: `found(w)`. That is the result if there
+  // are no other blocks.
+  template <typename Team, typename OfWarp>
+  __device__ __forceinline__ void merge_warps(Team team, const Factors& factors,
+                                              OfWarp found) const {
+    for_runs(team, [&](int row, int column) {
+      const Part part = of_warps(row, column, factors, found);
+      if (count_ == 1) {
+        store_result<T>(params_, tile_, row, column, part, factors.out);
+      } else {
+        parts_.store(place_of_(mine_), row, column, part);
+      }
+    });
+  }
+
+  // The same, and then in the last block what all have found: that is the result. Whether this is
+  // the last is known (`is_last`: the others have stored their parts, which this block sees), or
+  // else counted; where it has been counted already (not `counts`), the warps' finds are stored
+  // too.
+  template <typename Team, typename OfWarp>
+  __device__ __forceinline__ void merge_block(Team team, bool counts, bool is_last,
+                                              const Factors& factors, OfWarp found) const {
+    uint32_t* const ticket = ticket_of(params_, tile_);
+    const bool keeps = counts && count_ > 1 && is_last;
+    if (counts && !keeps) {
+      merge_warps(team, factors, found);
+      if (count_ == 1 || !decode::is_last(team, ticket, count_)) return;
+    }
+    for_runs(team, [&](int row, int column) {
+      Part part;
+      if (keeps) part = of_warps(row, column, factors, found);
+      const auto read = [&](int p) {
+        return keeps && p == mine_ ? part : parts_.load(place_of_(p), row, column);
+      };
+      constexpr int kFew = 4, kMany = Traits::kPartsAtOnce;
+      store_result<T>(params_, tile_, row, column,
+                      count_ <= kFew ? merge<kFew>(count_, read) : merge<kMany>(count_, read),
+                      factors.out);
+    });
+    if (keeps && team.index() == 0) take_ticket(ticket, count_);
+  }
+
+ private:
+  template <typename Team, typename F>
+  __device__ __forceinline__ void for_runs(Team team, F f) const {
+    decode::for_runs<Traits::kHeadDim, Part::kElements>(tile_, team, f);
+  }
+
+  template <typename OfWarp>
+  __device__ __forceinline__ Part of_warps(int row, int column, const Factors& factors,
+                                           OfWarp found) const {
+    return merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
+      return part_of<Part::kElements>(found(w), row, column, factors.scores(params_));
+    });
+  }
+
+  const DecodeParams& params_;
+  const Tile& tile_;
+  const GlobalParts<Traits> parts_;
+  const int mine_, count_;
+  const PlaceOf place_of_;
+};
+
+// Merges what the warps of a block have found, and then, in the last block of the tile, what its
+// `splits` blocks have.
 template <typename Traits, typename OfWarp>
 __device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile,
                                              const typename Traits::Factors& factors, int split,
-                                             OfWarp found) {
-  const int64_t first = tile.index * params.splits;
-  merge_through_memory<Traits>(params, tile, factors, split, params.splits, found,
-                               [&](int p) { return first + p; });
+                                             int splits, OfWarp found) {
+  const int64_t first = tile.index * splits;
+  const auto place_of = [first](int p) { return first + p; };
+  SharedTile<Traits, decltype(place_of)>(params, tile, split, splits, place_of)
+      .merge_block(BlockTeam<Traits::kThreads>(), true, false, factors, found);
 }
 
 }  // namespace longgen::decode

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
       counts_last(params.tickets + sequence, gridDim.x * gridDim.y))
     params.cache.seqlens[sequence] = end;
 
-  merge_splits<Traits>(params, tile, factors, split,
+  merge_splits<Traits>(params, tile, factors, split, params.splits,
                        [&](int w) -> const typename Traits::Found& { return found[w]; });
 }
 

@@ -25,8 +25,20 @@ struct Shares {
   // The block that has the item.
   __host__ __device__ __forceinline__ int block_of(int item) const {
     const int in_longer = longer * (each + 1);
-    return item < in_longer ? unsigned(item) / unsigned(each + 1)
-                            : longer + unsigned(item - in_longer) / unsigned(each);
+    return item < in_longer ? quotient(item, each + 1) : longer + quotient(item - in_longer, each);
+  }
+
+ private:
+  // By floats, in a fraction of the time that integers take. They are off by one at most, where
+  // there are less than two million blocks.
+  static __host__ __device__ __forceinline__ int quotient(int x, int divisor) {
+#ifdef __CUDA_ARCH__
+    const float inverse = __frcp_rn(float(divisor));
+#else
+    const float inverse = 1.f / float(divisor);
+#endif
+    const int guess = int(float(x) * inverse), rest = x - guess * divisor;
+    return guess + (rest >= divisor ? 1 : 0) - (rest < 0 ? 1 : 0);
   }
 };
 

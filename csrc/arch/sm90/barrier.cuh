@@ -38,6 +38,21 @@ struct Mbarrier {
         : "memory");
   }
 
+  // Whether the phase of this parity is complete, as far as this thread knows yet.
+  __device__ __forceinline__ bool is_complete(uint32_t parity) {
+    uint32_t complete;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(complete)
+        : "r"(shared_address(this)), "r"(parity)
+        : "memory");
+    return complete != 0;
+  }
+
   // Waits until the phase of this parity is complete.
   __device__ __forceinline__ void wait(uint32_t parity) {
     asm volatile(

@@ -1,5 +1,5 @@
-// Ordinary asynchronous copies into shared memory, 16 bytes a thread; loads and stores of matrix
-// fragments.
+// Ordinary asynchronous copies into shared memory, 16 or 4 bytes a thread; loads and stores of
+// matrix fragments.
 #pragma once
 
 #include "arch/sm90/barrier.cuh"
@@ -10,6 +10,13 @@ namespace longgen::sm90 {
 __device__ __forceinline__ void copy_16_bytes(uint32_t shared, const void* global, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+// The same of 4 bytes.
+__device__ __forceinline__ void copy_4_bytes(uint32_t shared, const void* global, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+               "r"(exists ? 4 : 0)
                : "memory");
 }
 

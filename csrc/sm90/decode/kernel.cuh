@@ -39,14 +39,14 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
   const int splits = params.splits;
   const Slices slices = Slices::of(tile.rows * kPairs, splits);
   cluster_wait();
-  decode::for_pairs<Traits::kHeadDim>(
-      tile, threadIdx.x, Traits::kThreads, [&](int row, int column) {
-        const decode::Part part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
-          return decode::part_of(found(w), row, column, factors.scores(params));
+  decode::for_runs<Traits::kHeadDim, 2>(
+      tile, decode::BlockTeam<Traits::kThreads>(), [&](int row, int column) {
+        const decode::Part<2> part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
+          return decode::part_of<2>(found(w), row, column, factors.scores(params));
         });
         const int i = row * kPairs + column / 2, owner = slices.owner(i);
         store_remote(shared.part_out + slices.first(split) + i - slices.first(owner), shared.merged,
-                     owner, part.out);
+                     owner, {part.out.at[0], part.out.at[1]});
         if (column != 0) return;
 #pragma unroll 1
         for (int rank = 0; rank < splits; ++rank)
@@ -57,9 +57,10 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
 #pragma unroll 1
   for (int i = threadIdx.x; i < slices.size(split); i += Traits::kThreads) {
     const int pair = slices.first(split) + i, row = pair / kPairs, column = pair % kPairs * 2;
-    const decode::Part all = decode::merge<Traits::kMaxCluster>(splits, [&](int block) {
+    const decode::Part<2> all = decode::merge<Traits::kMaxCluster>(splits, [&](int block) {
       const float2 weights = shared.part_weights[block][row];
-      return decode::Part{weights.x, weights.y, shared.part_out[slices.first(block) + i]};
+      const float2 out = shared.part_out[slices.first(block) + i];
+      return decode::Part<2>{weights.x, weights.y, {out.x, out.y}};
     });
     decode::store_result<typename Traits::T>(params, tile, row, column, all, factors.out);
   }
@@ -72,7 +73,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
-  const int split = blockIdx.x, warp = decode::uniform(threadIdx.x / 32);
+  const int split = blockIdx.x, splits = Traits::kSmall ? 1 : params.splits;
+  const int warp = decode::uniform(threadIdx.x / 32);
   const decode::Tile tile = decode::tile_of_block<Traits::kRows>(params);
   // The length before the kernels ahead have ended is most often the one after, and what follows
   // from it is found while they end; not so with pages, which they may move without a trace.
@@ -83,7 +85,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   BulkStream<Traits>::set_up(maps, shared, warp);
   const bool clustered = Traits::kMaxCluster > 1 && params.clustered;
   if (clustered) {
-    if (threadIdx.x == 0) expect_parts<Traits>(tile, split, params.splits, shared);
+    if (threadIdx.x == 0) expect_parts<Traits>(tile, split, splits, shared);
     cluster_arrive();
   }
   let_next_kernel_start();
@@ -94,7 +96,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   now = lengths;
   CacheSlots slots(params.cache);
   BulkStream<Traits> stream(params, maps, slots, tile, shared);
-  Inputs<Traits> inputs(params, tile);
   bool first = true;
 #pragma unroll 1
   do {
@@ -102,19 +103,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     const int p0 = lengths.old + params.q_offset, end = lengths.end(params.new_tokens);
     slots.visit(tile.kv_head, p0 + tile.token(params, 0), p0 + tile.token(params, tile.rows - 1),
                 end, lengths.old);
-    const auto shares = decode::Shares::of(stream.pairs_of(slots), params.splits);
-    stream.prepare(shares.of_block(split), lengths.old < end);
+    const auto shares = decode::Shares::of(stream.pairs_of(slots), splits);
+    stream.prepare(tile, shares.of_block(split), lengths.old < end);
     if (first) {
+      const Inputs<Traits, Traits::kWarps> inputs(params, tile, warp);
       wait_for_previous_kernels();
       now = read_lengths(params, tile.sequence);
-      inputs.load();
+      inputs.load(shared.inputs[0]);
     }
     first = false;
     stream.start();
     if (now != lengths) stream.drop();
   } while (now != lengths);
   const typename Traits::Factors factors(params, tile.kv_head);
-  inputs.store(shared.inputs);
+  wait_for_copies();
   __syncthreads();
   // Every thread has read the length. The last block of the sequence to come here adds the new
   // tokens to it, in the end: meanwhile the answer is on its way.
@@ -124,7 +126,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   stream.append(lengths.old, lengths.end(params.new_tokens));
   const int old = decode::uniform(lengths.old);
   WarpRows<Traits> rows(params, tile, factors, old + params.q_offset);
-  stream.run(old, rows);
+  stream.run(old, rows, [] { return false; });
   const auto found = [&](int w) -> typename Traits::Found& {
     return *reinterpret_cast<typename Traits::Found*>(shared.ring[w * Traits::kStages]);
   };
@@ -133,7 +135,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if (clustered) {
     merge_through_cluster<Traits>(params, tile, factors, split, shared, found);
   } else {
-    decode::merge_splits<Traits>(params, tile, factors, split, found);
+    decode::merge_splits<Traits>(params, tile, factors, split, splits, found);
   }
   if (ticket == gridDim.x * gridDim.y - 1)
     atomicAdd(params.cache.seqlens + tile.sequence,

@@ -1,93 +1,141 @@
 // Hopper's decode kernel with as many thread blocks as multiprocessors, among which all that there
 // is to read is shared out evenly, however many tiles there are and however long each is.
 //
-// A block streams one piece of a tile after another. The chunks of the next are on their way while
-// what was found in the last is merged; the blocks that share a tile meet in global memory.
+// A block attends to one piece of a tile after another. The warps that do so never wait for each
+// other in between: each asks for its first chunks of the next piece as it attends to its last of
+// one. Other warps bring queries, merge what has been found, and meet the blocks that share a tile
+// in global memory, where a fence takes microseconds while memory is busy.
 #pragma once
 
-#include "arch/sm90/dependent_launch.cuh"
-#include "decode/append.cuh"
+#include "arch/sm90/registers.cuh"
 #include "decode/combine.cuh"
-#include "sm90/decode/lengths.cuh"
-#include "sm90/decode/run.cuh"
-#include "sm90/decode/stream.cuh"
+#include "sm90/decode/work.cuh"
 
 namespace longgen::sm90 {
 
-// The row of all tiles, the block's run of it, and the tile that comes next in that. Each lane
-// knows a sequence. All its tiles take up as many places as that of the first KV head has pairs:
-// others may have a few more or less, if their strided blocks lie elsewhere.
+// Where the blocks that share a task's tile meet.
 template <typename Traits>
-class Work {
-  static constexpr unsigned kAll = 0xffffffff;
-  static constexpr int kMaxTokens = 1 << 30;
+__device__ __forceinline__ auto shared_tile(const DecodeParams& params, const Task& task) {
+  const int first_block = task.piece.first_block;
+  const auto place_of = [first_block](int p) { return place_of_part(first_block, p); };
+  return decode::SharedTile<Traits, decltype(place_of)>(params, task.tile, task.piece.part,
+                                                        task.piece.parts, place_of);
+}
 
- public:
-  // Of lengths read too early, which may be anything, follows work that is not to be done, but no
-  // tile that there is not.
-  __device__ Work(const DecodeParams& params, const Lengths& lengths)
-      : tiles_(params.cache.kv_heads * params.row_tiles),
-        old_(min(max(lengths.old, 0), kMaxTokens)),
-        end_(old_ + decode::tokens_of_said(params.new_tokens, lengths.said)),
-        lane_places_(places_of(params, old_, end_)),
-        upto_(sum_upto(tiles_ * lane_places_)),
-        run_(__shfl_sync(kAll, upto_, 31), gridDim.x, blockIdx.x) {
-    if (run_.empty()) return;
-    sequence_ = __ffs(__ballot_sync(kAll, upto_ > run_.next())) - 1;
-    places_ = __shfl_sync(kAll, lane_places_, sequence_);
-    const int before = __shfl_sync(kAll, upto_, sequence_) - tiles_ * places_;
-    number_ = unsigned(run_.next() - before) / unsigned(places_);
-    start_ = before + number_ * places_;
-  }
-
-  __device__ __forceinline__ bool empty() const { return run_.empty(); }
-
-  // The next tile, its sequence's tokens before and after the new ones, and which of its pairs are
-  // the block's.
-  __device__ __forceinline__ decode::Tile tile(const DecodeParams& params) const {
-    return decode::tile_of<Traits::kRows>(params, sequence_, number_);
-  }
-  __device__ __forceinline__ int old() const { return __shfl_sync(kAll, old_, sequence_); }
-  __device__ __forceinline__ int end() const { return __shfl_sync(kAll, end_, sequence_); }
-  __device__ __forceinline__ Piece piece(int pairs) const {
-    return run_.piece(start_, start_ + places_, pairs);
-  }
-  // The warp that continues where the others have ended.
-  __device__ __forceinline__ int turn() const { return unsigned(run_.done()) % Traits::kWarps; }
-
-  __device__ __forceinline__ void go_on() {
-    start_ += places_;
-    run_.finish(start_);
-    if (run_.empty() || ++number_ < tiles_) return;
-    number_ = 0;
-    ++sequence_;
-    places_ = __shfl_sync(kAll, lane_places_, sequence_);
-  }
-
- private:
-  static __device__ __forceinline__ int places_of(const DecodeParams& params, int old, int end) {
-    if (threadIdx.x % 32 >= params.cache.batch) return 0;
-    const int p0 = old + params.q_offset;
-    const CacheSlots slots(params.cache, 0, p0, p0 + params.n - 1, end);
-    return BulkStream<Traits>::pairs_of(slots) + Run::kBeginning;
-  }
-  // Of this lane and those before it.
-  static __device__ __forceinline__ int sum_upto(int x) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const int before = __shfl_up_sync(kAll, x, distance);
-      if (threadIdx.x % 32 >= distance) x += before;
+// What the merging warps do. What the last piece gives is left to the others, who have nothing else
+// to do then, and so are the parts of other blocks.
+template <typename Traits>
+__device__ __forceinline__ void merge_pieces(const DecodeParams& params, LatestLengths& lengths,
+                                             typename Traits::Shared& shared) {
+  constexpr decode::NamedTeam<Traits::kMergeBarrier, 32 * Traits::kMergers, Traits::kAttendThreads>
+      kTeam;
+  const int warp = decode::uniform(kTeam.index() / 32);
+  const auto found = [&](int w) -> typename Traits::Found& { return shared.found[w]; };
+  const auto ticket = [&](const Task& task) { return decode::ticket_of(params, task.tile); };
+  CacheSlots slots(params.cache);
+  lengths.wait();
+  Work<Traits> work(params, lengths.get());
+  if (work.empty()) return;
+  Task task = work.take(params, slots);
+  int i = 0;
+#pragma unroll 1
+  for (; !work.empty(); ++i) {
+    const Task next = work.take(params, slots);
+    const Inputs<Traits, Traits::kMergers> inputs(params, next.tile, warp);
+    inputs.load(shared.inputs[(i + 1) % 2]);
+    wait_for_copies();
+    shared.meeting.let_start(i + 1);
+    shared.meeting.wait_for_ends(i);
+    shared_tile<Traits>(params, task)
+        .merge_warps(kTeam, typename Traits::Factors(params, task.tile.kv_head), found);
+    shared.meeting.let_store();
+    if (task.piece.parts > 1) {
+      shared.meeting.first = task;
+      shared.meeting.ends_first = decode::is_last(kTeam, ticket(task), task.piece.parts);
     }
-    return x;
+    task = next;
   }
+  shared.meeting.let_end();
+  // Watches whether the blocks that share the last tile end before this one.
+  if (task.piece.parts == 1 || warp > 0) return;
+#pragma unroll 1
+  while (!shared.meeting.have_all_ended(i)) {
+    if (decode::tickets_taken(ticket(task)) == task.piece.parts - 1)
+      return shared.meeting.say_others_ended();
+  }
+}
 
-  int tiles_;  // of a sequence
-  // Of the lane's sequence: tokens, places of a tile, places of all tiles up to its last.
-  int old_, end_, lane_places_, upto_;
-  Run run_;
-  // The next tile: of which sequence, which of its tiles, its first place, and how many it has.
-  int sequence_ = 0, number_ = 0, start_ = 0, places_ = 0;
-};
+// What the other warps do.
+template <typename Traits>
+__device__ __forceinline__ void attend_to_pieces(const DecodeParams& params, const CacheMaps& maps,
+                                                 LatestLengths& lengths,
+                                                 typename Traits::Shared& shared) {
+  using Block = decode::NamedTeam<Traits::kAttendBarrier, Traits::kAttendThreads>;
+  const int warp = decode::uniform(threadIdx.x / 32);
+  const auto found = [&](int w) -> typename Traits::Found& { return shared.found[w]; };
+  CacheSlots slots(params.cache);
+  Task task{}, next{};
+  BulkStream<Traits> stream(params, maps, slots, task.tile, shared);
+  Work<Traits> work;
+  bool more;
+  // Of no task, then one task after another: what is done before the first is done here for all, so
+  // that its instructions need not be brought again while memory is busy.
+  int i = -1;
+#pragma unroll 1
+  for (;; ++i) {
+    if (i < 0) {
+      work = Work<Traits>(params, lengths.get());
+    } else {
+      shared.meeting.wait_for_start(i);
+      stream.begin_task(i);
+      stream.append(task.old, task.end);
+    }
+    const typename Traits::Factors factors(params, task.tile.kv_head);
+    WarpRows<Traits> rows(params, task.tile, factors, task.old + params.q_offset);
+    stream.run(task.old, rows, [&] {
+      more = !work.empty();
+      if (more) {
+        next = work.take(params, slots);
+        stream.prepare(next.tile, next.piece.pairs, next.old < next.end, next.turn);
+      }
+      if (i < 0) {
+        const Inputs<Traits, Traits::kWarps> inputs(params, next.tile, warp);
+        lengths.wait();
+        if (more) inputs.load(shared.inputs[0]);
+      }
+      return more;
+    });
+    if (i >= 0) {
+      shared.meeting.wait_to_store(i);
+      rows.store(found(warp));
+      shared.meeting.end();
+    } else if (lengths.have_changed()) {
+      if (more) stream.drop();
+      --i;
+      continue;
+    } else if (more) {
+      wait_for_copies();
+      shared.meeting.let_start_first();
+    }
+    if (!more) break;
+    task = next;
+  }
+  if (i < 0) return;
+  // Whether the other blocks of the tile have ended, as the merging warp has seen by now: then this
+  // one need not write what it has found for another to read.
+  const bool is_last = Block::any(threadIdx.x == 0 && shared.meeting.have_others_ended());
+  bool stores = true;
+#pragma unroll 1
+  while (true) {
+    const typename Traits::Factors factors(params, task.tile.kv_head);
+    shared_tile<Traits>(params, task).merge_block(Block(), stores, is_last, factors, found);
+    // Others that share the first tile have all ended before this block: only if it began late.
+    shared.meeting.wait_for_end();
+    if (!stores || !shared.meeting.ends_first) break;
+    stores = false;
+    task = shared.meeting.first;
+  }
+}
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
@@ -97,80 +145,21 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
   const int warp = decode::uniform(threadIdx.x / 32);
-  const int sequence = min(threadIdx.x % 32, params.cache.batch - 1);  // that the lane knows
-  // As in decode_kernel, what follows from the lengths before the kernels ahead have ended is found
-  // while they end.
-  const bool paged = params.cache.block_table != nullptr;
-  Lengths lengths{};
-  if (!paged) lengths = read_lengths(params, sequence);
-  BulkStream<Traits>::set_up(maps, shared, warp);
+  if (warp < Traits::kWarps) BulkStream<Traits>::set_up(maps, shared, warp);
+  if (warp == Traits::kWarps) shared.meeting.set_up();
+  __syncthreads();
   let_next_kernel_start();
-  if (paged) {
-    wait_for_previous_kernels();
-    lengths = read_lengths(params, sequence);
-  }
-
-  Work<Traits> work(params, lengths);
-  CacheSlots slots(params.cache);
-  decode::Tile next, tile;
-  Piece next_piece, piece;
-  BulkStream<Traits> stream(params, maps, slots, next, shared);
-  const auto found = [&](int w) -> typename Traits::Found& { return shared.found[w]; };
-  bool is_first = true, has_found = false;
-#pragma unroll 1
-  while (true) {
-    // Asks for the first chunks of the next piece,
-    const bool more = !work.empty();
-    const int old = work.old(), end = work.end();
-    if (more) {
-      next = work.tile(params);
-      const int p0 = old + params.q_offset;
-      slots.visit(next.kv_head, p0 + next.token(params, 0), p0 + next.token(params, next.rows - 1),
-                  end, old);
-      next_piece = work.piece(stream.pairs_of(slots));
-      stream.prepare(next_piece.pairs, old < end, work.turn());
-    }
-    Lengths now = lengths;
-    if (is_first) {
-      wait_for_previous_kernels();
-      now = read_lengths(params, sequence);
-    }
-    Inputs<Traits> inputs(params, next);
-    if (more) {
-      inputs.load();
-      stream.start();
-    }
-    is_first = false;
-    if (__any_sync(0xffffffff, now != lengths)) {
-      if (more) stream.drop();
-      lengths = now;
-      work = Work<Traits>(params, lengths);
-      continue;
-    }
-    // merges what was found in the last,
-    if (has_found) {
-      __syncthreads();
-      const typename Traits::Factors factors(params, tile.kv_head);
-      decode::merge_through_memory<Traits>(
-          params, tile, factors, piece.part, piece.parts, found,
-          [&](int p) { return Run::place_of_part(piece.first_block, p); });
-    }
-    if (!more) break;
-    // and attends to the next.
-    inputs.store(shared.inputs);
-    __syncthreads();
-    tile = next;
-    piece = next_piece;
-    has_found = true;
-    stream.append(old, end);
-    const typename Traits::Factors factors(params, tile.kv_head);
-    WarpRows<Traits> rows(params, tile, factors, old + params.q_offset);
-    stream.run(old, rows);
-    rows.store(found(warp));
-    work.go_on();
+  LatestLengths lengths(params);
+  if (warp >= Traits::kWarps) {
+    if constexpr (Traits::kMergeRegisters > 0) give_registers<Traits::kMergeRegisters>();
+    merge_pieces<Traits>(params, lengths, shared);
+  } else {
+    if constexpr (Traits::kMergeRegisters > 0) take_registers<Traits::kAttendRegisters>();
+    attend_to_pieces<Traits>(params, maps, lengths, shared);
   }
   if (!params.new_tokens.advance) return;
-  // Every thread has read the lengths. The last block to come here adds the new tokens to them.
+  // No warp of this block will read the lengths any more. The last block to come here adds the new
+  // tokens to them.
   __syncthreads();
   if (threadIdx.x == 0 && decode::take_ticket(params.tickets, gridDim.x) == gridDim.x - 1) {
 #pragma unroll 1

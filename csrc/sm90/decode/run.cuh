@@ -17,25 +17,40 @@ struct Piece {
   int part, parts;  // which of them this is, and how many there are
 };
 
-class Run {
- public:
-  // Places before a tile's pairs: a block begins one in about the time that it reads so many.
-  static constexpr int kBeginning = 8;
+// Where the part of a tile lies that its p-th block has found. A block has at most two parts of
+// tiles that it shares: of the first tile of its run, and of the last.
+__host__ __device__ __forceinline__ int place_of_part(int first_block, int p) {
+  return p == 0 ? 2 * first_block + 1 : 2 * (first_block + p);
+}
 
+// There are kBeginning places before a tile's pairs: a block begins one in about the time that it
+// reads so many. At least one, so that somebody has a tile without pairs.
+template <int kBeginning>
+class Run {
+  static_assert(kBeginning > 0, "");
+
+ public:
+  Run() = default;
   __host__ __device__ Run(int places, int blocks, int block)
-      : shares_(decode::Shares::of(places, blocks)), left_(shares_.of_block(block)), block_(block) {
-    begin_ = left_.first;
-  }
+      : shares_(decode::Shares::of(places, blocks)),
+        left_(shares_.of_block(block)),
+        block_(block) {}
 
   __host__ __device__ __forceinline__ bool empty() const { return left_.first >= left_.last; }
-  // The first place that is left, and how many have been done.
+  // The first place that is left.
   __host__ __device__ __forceinline__ int next() const { return left_.first; }
-  __host__ __device__ __forceinline__ int done() const { return left_.first - begin_; }
 
-  // The part of the tile that has the next place. It takes up those from `start` to before `end`,
-  // and has `pairs` pairs: if there are more than places, its last block has them too.
+  // Goes on to the tile that takes up the places from `start` to before `end`, the next or the one
+  // that has the next place. If the run ends before the tile's first pair, there is nothing left.
+  __host__ __device__ __forceinline__ void go_on(int start, int end) {
+    left_.first = max(left_.first, start);
+    if (left_.last <= first_pair(start, end)) left_.last = left_.first;
+  }
+
+  // The block's part of that tile, which has `pairs` pairs: if there are more than places, its last
+  // block has them too.
   __host__ __device__ __forceinline__ Piece piece(int start, int end, int pairs) const {
-    const int zero = start + kBeginning, first_block = shares_.block_of(start);
+    const int zero = start + kBeginning, first_block = shares_.block_of(first_pair(start, end));
     const int first = max(left_.first - zero, 0), last = max(left_.last - zero, 0);
     return {{min(first, pairs), left_.last >= end ? pairs : min(last, pairs)},
             first_block,
@@ -43,19 +58,15 @@ class Run {
             shares_.block_of(end - 1) - first_block + 1};
   }
 
-  // Goes on to the tile after the one that ends there.
-  __host__ __device__ __forceinline__ void finish(int end) { left_.first = end; }
-
-  // Where the part of a tile lies that its p-th block has found. A block has at most two parts of
-  // tiles that it shares: of the first tile of its run, and of the last.
-  static __host__ __device__ __forceinline__ int place_of_part(int first_block, int p) {
-    return p == 0 ? 2 * first_block + 1 : 2 * (first_block + p);
+ private:
+  // The place of a tile's first pair; of a tile without pairs, its last.
+  static __host__ __device__ __forceinline__ int first_pair(int start, int end) {
+    return min(start + kBeginning, end - 1);
   }
 
- private:
   decode::Shares shares_;
   decode::Share left_;
-  int block_, begin_;
+  int block_;
 };
 
 }  // namespace longgen::sm90

@@ -22,6 +22,9 @@ struct CacheMaps {
 
 // New tokens, from position `fresh` on, are not in the cache when the copies start: their rows are
 // written to the ring after them, and to the cache.
+//
+// `tile` is the one that is attended to. Its last pairs are on their way when the ring's free
+// stages are filled from the next, if there is one: that is what `prepare` is told, and `slots`.
 template <typename Traits>
 class BulkStream {
   using T = typename Traits::T;
@@ -62,11 +65,17 @@ class BulkStream {
     return (slots.count() + kChunks - 1) / kChunks;
   }
 
+  // In a persistent block: the tile is its task of this number.
+  __device__ __forceinline__ void begin_task(int task) { inputs_ = task % 2; }
+
   // Finds the warp's chunks of a share of the sequence's pairs: each warp in turn has one, warp
   // number `turn` the first. But the sequence's last pair, if it is half or has new tokens, is
   // apart: the last warp's first, in a stage of its own. As one more round for one of the warps it
   // would cost the block the time of a copy, and of the mask after that.
-  __device__ __forceinline__ void prepare(decode::Share share, bool has_new, int turn = 0) {
+  __device__ __forceinline__ void prepare(const decode::Tile& tile, decode::Share share,
+                                          bool has_new, int turn = 0) {
+    sequence_ = tile.sequence;
+    kv_head_ = tile.kv_head;
     const int chunks = slots_.count(), pairs = pairs_of(slots_);
     const bool apart =
         share.first < share.last && share.last == pairs && (has_new || chunks % kChunks != 0);
@@ -81,24 +90,25 @@ class BulkStream {
     find();
   }
 
-  // Asks for the first of them.
-  __device__ __forceinline__ void start() {
+  // Asks for the first of them, where `busy` stages of the ring have pairs of the share before.
+  __device__ __forceinline__ void start(int busy = 0) {
 #pragma unroll
-    for (int i = 0; i <= Traits::kStages; ++i) {
-      if (next_ >= end_ || (i == Traits::kStages && !apart_)) break;
-      const int stage = !apart_ ? i : i == 0 ? Traits::kStages : i - 1;
-      fetch(stage, 0);
-      fetch(stage, 1);
+    for (int i = -1; i < Traits::kStages; ++i) {
+      if (i < 0 ? !apart_ : next_ >= end_ || i + busy >= Traits::kStages) continue;
+      copy(stage_of_first(i, busy), 0);
+      copy(stage_of_first(i, busy), 1);
+      found_ += kChunks;
+      next_ += kStride;
     }
     classify(first_);  // now: nothing was to come before the copies
-    whole_ = 0;
 #pragma unroll
-    for (int i = 0; i <= Traits::kStages; ++i) {
-      if (i < Traits::kStages || apart_) whole_ |= (wholes_ >> kChunks * i & 1) << i;
+    for (int i = -1; i < Traits::kStages; ++i) {
+      if (i < 0 ? apart_ : i + busy < Traits::kStages)
+        set_whole(stage_of_first(i, busy), kChunks * (i + apart_));
     }
   }
 
-  // Waits for what `start` asked for, so that it can be called again.
+  // Waits for what `start` asked for, so that all can be prepared again.
   __device__ __forceinline__ void drop() {
     int stage = 0;
 #pragma unroll 1
@@ -108,6 +118,7 @@ class BulkStream {
       full(at, 1).wait(parity_ >> at & 1);
       parity_ ^= 1u << at;
     }
+    begin_ = end_ = first_ = next_ = 0;
   }
 
   // Writes the new tokens of the share to the cache. Where the chunks are read they are put over
@@ -131,19 +142,29 @@ class BulkStream {
     }
   }
 
-  // Attends to the chunks.
-  __device__ __forceinline__ void run(int fresh, Rows& rows) {
-    int stage = 0;
+  // Attends to the chunks. In a persistent block `go_on` is called when none are left to be asked
+  // for. It may prepare another share, and returns whether it has.
+  template <typename GoOn>
+  __device__ __forceinline__ void run(int fresh, Rows& rows, GoOn go_on) {
+    const int begin = begin_, end = end_;
+    bool has_gone_on = !Traits::kPersistent;
 #pragma unroll 1
-    for (int pair = first_; pair < end_; pair += kStride) {
-      attend(pair, stage, fresh, rows);
-      if (pair < begin_) {
-        parity_ ^= 1u << Traits::kStages;
-        continue;
+    for (int pair = first_;; pair += kStride) {
+      const bool is_there = pair < end, in_ring = pair >= begin;
+      const int at = in_ring ? stage_ : Traits::kStages;
+      const bool whole = !is_there || (whole_ >> at & 1) != 0;
+      Partial partial;
+      if (!whole) partial = look_at(in_ring ? pair : end);
+      if (!has_gone_on && in_ring && pair + kStride >= end) {
+        has_gone_on = true;
+        if (go_on()) start(is_there);
       }
-      parity_ ^= 1u << stage;
-      if (++stage == Traits::kStages) stage = 0;
-      if (Traits::kBytes == 2 && is_meeting(pair)) __syncthreads();
+      if (!is_there) break;
+      attend(at, in_ring && next_ < end_, whole, partial, fresh, rows);
+      parity_ ^= 1u << at;
+      if (!in_ring) continue;
+      stage_ = (stage_ + 1) % Traits::kStages;
+      if (Traits::kBytes == 2 && is_meeting(pair - begin, end - begin)) meet();
     }
   }
 
@@ -151,15 +172,30 @@ class BulkStream {
   // Whether warps wait for each other after the round, of a pair for each, that this one is in:
   // when 4, 8, 16 and so on are left. If they drift apart, memory is idle while the last of them
   // finish. But where computing takes as long as reading, as with e4m3, waiting costs more.
-  __device__ __forceinline__ bool is_meeting(int pair) const {
-    const int done = (pair - begin_) / kStride * kStride;
-    const int left = unsigned(end_ - begin_ - done - 1) / kStride;
+  static __device__ __forceinline__ bool is_meeting(int chunk, int chunks) {
+    const int left = unsigned(chunks - chunk / kStride * kStride - 1) / kStride;
     return left >= 4 && (left & (left - 1)) == 0;
   }
 
-  // Copies keys (half 0) or values (half 1) of the next pair to the stage. After the values, the
-  // pair after it is the next.
-  __device__ __forceinline__ void fetch(int stage, int half) {
+  static __device__ __forceinline__ void meet() {
+    if constexpr (Traits::kPersistent) {
+      named_barrier_sync(Traits::kAttendBarrier, Traits::kAttendThreads);
+    } else {
+      __syncthreads();
+    }
+  }
+
+  // Where the i-th of the first pairs goes; -1: the one apart.
+  __device__ __forceinline__ int stage_of_first(int i, int busy) const {
+    return i < 0 ? Traits::kStages : (stage_ + busy + i) % Traits::kStages;
+  }
+  // Whether the pair of a stage is whole: a bit of `wholes_`.
+  __device__ __forceinline__ void set_whole(int stage, int bit) {
+    whole_ = (whole_ & ~(1u << stage)) | (wholes_ >> bit & 1) << stage;
+  }
+
+  // Copies keys (half 0) or values (half 1) of the next pair to the stage.
+  __device__ __forceinline__ void copy(int stage, int half) {
     if (unsigned(lane_ - found_) < kChunks) {  // a lane copies the chunk that it has found
       Mbarrier& barrier = full(stage, half);
       if (place_.row >= 0) {
@@ -169,13 +205,17 @@ class BulkStream {
 #pragma unroll
         for (int box = 0; box < Traits::kBoxes; ++box)
           copy_box(half == 0 ? maps_.k : maps_.v, barrier, to + box * Traits::kBoxBytes,
-                   Traits::kBoxElements * box, place_.row, tile_.kv_head, place_.block);
+                   Traits::kBoxElements * box, place_.row, kv_head_, place_.block);
       } else {
         barrier.arrive();
       }
     }
+  }
+  // The same; after the values, the pair after it is the next.
+  __device__ __forceinline__ void fetch(int stage, int half) {
+    copy(stage, half);
     if (half == 0) return;
-    whole_ |= (wholes_ >> found_ & 1) << (Traits::kStages - 1);
+    set_whole(stage, found_);
     found_ += kChunks;
     next_ += kStride;
     if (found_ == 32) {
@@ -188,7 +228,7 @@ class BulkStream {
   // there is no page.
   __device__ __forceinline__ void find() {
     const int chunk = found_at(next_);
-    place_ = place_of(params_.cache, tile_.sequence, slots_.first_slot(chunk));
+    place_ = place_of(params_.cache, sequence_, slots_.first_slot(chunk));
     if (chunk >= slots_.count()) place_.row = -1;
     found_ = 0;
   }
@@ -196,6 +236,10 @@ class BulkStream {
     wholes_ = __ballot_sync(
         0xffffffff, place_.row >= 0 && place_.block >= 0 && slots_.is_whole(found_at(next)));
     wholes_ &= wholes_ >> 1;
+  }
+
+  __device__ __forceinline__ const typename Traits::Inputs& inputs() const {
+    return shared_.inputs[Traits::kPersistent ? inputs_ : 0];
   }
 
   // A stage of this warp, and its barriers: of keys, of values.
@@ -213,39 +257,6 @@ class BulkStream {
   // The first chunk of a pair: the one apart stands before all others.
   __device__ __forceinline__ int chunk_of(int pair) const { return pair < begin_ ? end_ : pair; }
 
-  __device__ __forceinline__ void attend(int pair, int stage, int fresh, Rows& rows) {
-    const bool in_ring = pair >= begin_;
-    const int at = in_ring ? stage : Traits::kStages;
-    const uint32_t keys_at = shared_address(ring(at));
-    const uint32_t values_at = keys_at + Traits::kHalfBytes;
-    const bool whole = whole_ & 1;
-    whole_ >>= 1;
-    Partial partial;
-    if (!whole) partial = look_at(chunk_of(pair));
-    const uint32_t parity = parity_ >> at & 1;
-    const bool more = in_ring && next_ < end_;
-    // The next keys are asked for as soon as these are read; but where big blocks follow each other
-    // on each multiprocessor, when the values have come: memory is 0.2 to 0.6% faster so.
-    const bool at_once =
-        Traits::kSmall || Traits::kPersistent || Traits::kBytes == 1 || params_.splits > 1;
-    full(at, 0).wait(parity);
-    if (!whole) complete(0, keys_at, partial, fresh);
-
-    typename Rows::Scores s;
-    rows.score(s, keys_at, shared_.inputs);
-    __syncwarp();  // all have read the keys
-    if (more && at_once) fetch(stage, 0);
-    if (!whole) rows.mask(s, partial.position, partial.until);
-
-    full(at, 1).wait(parity);
-    if (more && !at_once) fetch(stage, 0);
-    if (!whole) complete(1, values_at, partial, fresh);
-
-    rows.attend(s, values_at);
-    __syncwarp();
-    if (more) fetch(stage, 1);
-  }
-
   // Of a pair that is not whole, in each lane a row: its token's position, and the last one that
   // sees it; -1: there is none.
   struct Partial {
@@ -257,6 +268,34 @@ class BulkStream {
     if (chunk < slots_.count()) token = slots_.token(chunk, lane_ % kChunk);
     const bool is_there = place_of(params_.cache, tile_.sequence, token.slot).block >= 0;
     return {token.position, is_there ? token.until : -1};
+  }
+
+  // To the pair of a stage, which if there are more to ask for is that of the next.
+  __device__ __forceinline__ void attend(int at, bool more, bool whole, const Partial& partial,
+                                         int fresh, Rows& rows) {
+    const uint32_t keys_at = shared_address(ring(at));
+    const uint32_t values_at = keys_at + Traits::kHalfBytes;
+    const uint32_t parity = parity_ >> at & 1;
+    // The next keys are asked for as soon as these are read; but where big blocks follow each other
+    // on each multiprocessor, when the values have come: memory is 0.2 to 0.6% faster so.
+    const bool at_once =
+        Traits::kSmall || Traits::kPersistent || Traits::kBytes == 1 || params_.splits > 1;
+    full(at, 0).wait(parity);
+    if (!whole) complete(0, keys_at, partial, fresh);
+
+    typename Rows::Scores s;
+    rows.score(s, keys_at, inputs());
+    __syncwarp();  // all have read the keys
+    if (more && at_once) fetch(at, 0);
+    if (!whole) rows.mask(s, partial.position, partial.until);
+
+    full(at, 1).wait(parity);
+    if (more && !at_once) fetch(at, 0);
+    if (!whole) complete(1, values_at, partial, fresh);
+
+    rows.attend(s, values_at);
+    __syncwarp();
+    if (more) fetch(at, 1);
   }
 
   // Writes the new tokens' rows to keys or values, and zeros to the values that no query sees: what
@@ -288,7 +327,7 @@ class BulkStream {
   // A piece of a new token's key (half 0) or value, as the cache has it.
   __device__ __forceinline__ NewElements new_elements(int half, int i, int piece) const {
     const uint4 x =
-        i == 0 ? shared_.inputs.new_token[half][piece] : *new_piece(params_, tile_, half, i, piece);
+        i == 0 ? inputs().new_token[half][piece] : *new_piece(params_, tile_, half, i, piece);
     if constexpr (Traits::kBytes == 1) {
       const float scale = (half == 0 ? params_.scales.k : params_.scales.v)[tile_.kv_head];
       return decode::to_fp8<T>(x, 1.f / scale);
@@ -303,11 +342,17 @@ class BulkStream {
   const decode::Tile& tile_;
   const int warp_, lane_;
   typename Traits::Shared& shared_;
-  int begin_, end_, last_;  // chunks: the first, the one apart or after all, after that
-  int first_, next_;        // of this warp's pairs, the next to fetch
-  bool apart_;              // whether the first is the one apart
-  uint32_t parity_ = 0;     // of each stage's next phase
-  uint32_t whole_;          // which of the pairs on their way are whole, in their order
+  // What is prepared: of which sequence and head; chunks: the first, the one apart or after all,
+  // after that; of this warp's pairs the first, and the next to fetch; whether the first is the one
+  // apart.
+  int sequence_, kv_head_;
+  int begin_ = 0, end_ = 0, last_;
+  int first_ = 0, next_ = 0;
+  bool apart_;
+  int inputs_ = 0;       // of the tile: which of the two that a persistent block has
+  int stage_ = 0;        // of the ring's next pair to attend to
+  uint32_t parity_ = 0;  // of each stage's next phase
+  uint32_t whole_ = 0;   // whether each stage's pair is whole
   // 32 chunks, one in each lane, and where it lies; the bits of the first of pairs that are whole;
   // the lane of the next to fetch.
   Place place_;

@@ -7,6 +7,7 @@
 #include "attention/cache_slots.cuh"
 #include "decode/found.cuh"
 #include "decode/tile.cuh"
+#include "sm90/decode/meeting.cuh"
 
 namespace longgen::sm90 {
 
@@ -28,7 +29,16 @@ struct DecodeTraits {
   static constexpr int kBlocks = kSmall ? 2 : 1;  // of a multiprocessor
   static constexpr int kRows = 8 * kOctets;       // of the query: tokens times heads of a group
   static constexpr int kWarps = kSmall ? 5 : kHeadDim <= 128 ? 8 : 4;
-  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kAttendThreads = 32 * kWarps;
+  // A persistent block has a warpgroup more, which merges. So many warps get fewer registers each
+  // than those that attend to keys need: the others give away some.
+  static constexpr int kMergers = 4;
+  static constexpr int kThreads = kAttendThreads + (kPersistent ? 32 * kMergers : 0);
+  static constexpr int kAttendRegisters = 192;
+  static constexpr int kMergeRegisters = kPersistent && kWarps == 8 ? 120 : 0;
+  static constexpr int kAttendBarrier = 1, kMergeBarrier = 2;
+  // Pairs of chunks that a block could read in the time in which it begins a tile: see Run.
+  static constexpr int kBeginning = kOctets == 1 ? 6 : 16;
   static constexpr int kMaxCluster = kKind_ == Blocks::kBig ? 8 : 1;  // blocks
 
   // A chunk's keys, and its values, are copied in boxes of 16 rows of 128 bytes, or 64 where a row
@@ -69,20 +79,25 @@ struct DecodeTraits {
   };
   using Factors = decode::Factors<T, Cached>;
   using Found = decode::Found<kRows, kHeadDim>;
+  // Parts that are read at once to be merged: 8 heads have up to 18 on 132 multiprocessors.
+  static constexpr int kPartsAtOnce = 20;
   // Stages of all warps, and one more of the last.
   static constexpr int kAllStages = kWarps * kStages + 1;
   struct Shared {
     alignas(1024) char ring[kAllStages][kStageBytes];  // in the end each warp's Found
     Found found[kPersistent ? kWarps : 1];  // of persistent blocks, whose ring is filled again
-    Inputs inputs;
+    Inputs inputs[kPersistent ? 2 : 1];
     // (block, pair of this block's slice): slices are powers of 2, and together less than twice the
     // power of 2 that holds all pairs.
     float2 part_out[kMaxCluster == 1 ? 1 : kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
-    Mbarrier full[kAllStages][2];  // of keys, of values
+    Meeting<kWarps, kMergers> meeting;  // of a persistent block
+    Mbarrier full[kAllStages][2];       // of keys, of values
   };
   static constexpr int kSharedBytes = sizeof(Shared);
+  static_assert(kMergers == 4, "registers are a warpgroup's");
+  static_assert(256 * kAttendRegisters + 128 * kMergeRegisters <= 384 * 168, "who takes must get");
   static_assert(kChunks * kChunk == 32, "each lane has a row");
   static_assert(kBytes == 2 || kHeadDim % 64 == 0, "four lanes read 16 bytes of a key each");
   static_assert(kBlocks * (kSharedBytes + 1024) <= 228 * 1024, "a multiprocessor has no more");
