@@ -96,8 +96,10 @@ CASES = {
         DecodeCase("gqa_2048", _2048, kv_heads=8),
         DecodeCase("gqa_9216", _9216, kv_heads=8),
         DecodeCase("gqa_128K", _A.causal(), kv_heads=8),
+        DecodeCase("mha_2048_batch_5", _2048, batch=5),
         DecodeCase("mha_2048_batch_8", _2048, batch=8),
         DecodeCase("mha_9216_batch_8", _9216, batch=8),
+        DecodeCase("mqa_128K_batch_8", _A.causal(), batch=8, q_heads=16, kv_heads=1),
         DecodeCase("gqa_128K_batch_8", _A.causal(), batch=8, kv_heads=8),
         DecodeCase("gqa_128K_ragged_batch_8", _A.causal(), batch=8, kv_heads=8, ragged=True),
         DecodeCase("strided", _A.strided(16, 64, window=1024)),
@@ -145,7 +147,7 @@ def ours(backend: str, append: bool, fp8: bool = False) -> Callable[[DecodeCase,
         for x in (cache.k, cache.v):
             x.copy_(torch.randn(x.shape, device=device) * (16 if fp8 else 1))
         _set_lengths(case, cache.seqlens)
-        cache.advanced(case.seen)
+        cache.advanced(case.seen, 0 if case.ragged else case.seen)
         q, k, v = (_normal(case, device, 1, heads) for heads in (case.q_heads, case.kv_heads, case.kv_heads))
         new = (k, v) if append else ()
         failure = _wrong(case, cache, q, new, backend) if check else None

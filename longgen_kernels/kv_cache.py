@@ -53,6 +53,11 @@ class KVCache(ABC):
     def is_empty(self) -> bool:
         """True when the host knows that no sequence has a token."""
 
+    @property
+    @abstractmethod
+    def equal_lengths(self) -> bool:
+        """True when the host knows that all sequences have one length."""
+
     @abstractmethod
     def reserve(self, tokens: int) -> None:
         """Makes room for this many more tokens of each sequence, or raises ValueError."""
@@ -177,12 +182,14 @@ class SparseKVCache(KVCache):
         self.tickets = torch.zeros(tickets_needed(batch, kv_heads), dtype=torch.int32, device=device)
         self._longest = 0  # no sequence has more tokens
         self._cropped = 0  # no sequence has been longer by more tokens than it is
+        self._equal = True
 
     @property
     def tensors(self) -> CacheTensors:
         return CacheTensors(
-            self.k, self.v, self.seqlens, self.layout, None, self.tickets, self.k_scale, self.v_scale, self.dtype
-        )
+            self.k, self.v, self.seqlens, self.layout, None, self.tickets, self.k_scale, self.v_scale, self.dtype,
+            self.equal_lengths,
+        )  # fmt: skip
 
     @property
     def slots(self) -> int:
@@ -198,6 +205,10 @@ class SparseKVCache(KVCache):
     def is_empty(self) -> bool:
         return self._longest == 0
 
+    @property
+    def equal_lengths(self) -> bool:
+        return self._equal or self.batch == 1
+
     def reserve(self, tokens: int) -> None:
         needed = self._longest + tokens
         if needed <= self.max_seqlen:
@@ -212,8 +223,10 @@ class SparseKVCache(KVCache):
         self._grow(min(MAX_POSITION, max(needed, 2 * self.max_seqlen)))
 
     def advanced(self, tokens: int, fewest: int | None = None) -> None:
+        fewest = tokens if fewest is None else fewest
         self._longest += tokens
-        self._cropped = max(0, self._cropped - (tokens if fewest is None else fewest))
+        self._cropped = max(0, self._cropped - fewest)
+        self._equal = self._equal and fewest == tokens
 
     def check_still_kept(self, tokens: int) -> None:
         most = self.layout.max_crop
@@ -251,6 +264,7 @@ class SparseKVCache(KVCache):
         if isinstance(tokens, int):
             self._longest -= tokens
         else:
+            self._equal = False
             tokens = tokens.clamp(0, most)
         self.seqlens.sub_(tokens).clamp_(min=0)
 
@@ -258,6 +272,7 @@ class SparseKVCache(KVCache):
         """Empties every sequence; the memory stays."""
         self.seqlens.zero_()
         self._longest = self._cropped = 0
+        self._equal = True
 
     def reorder(self, indices: Tensor) -> None:
         """Makes sequence `b` a copy of what sequence `indices[b]` was: beams. `indices` is int64 (batch,)."""
@@ -275,6 +290,7 @@ class SparseKVCache(KVCache):
             "grows": self.grows,
             "longest": self._longest,
             "cropped": self._cropped,
+            "equal": self._equal,
             "k": self.k,
             "v": self.v,
             "seqlens": self.seqlens,
@@ -302,6 +318,7 @@ class SparseKVCache(KVCache):
         for own, saved in ((cache.k, k), (cache.v, state["v"]), (cache.seqlens, state["seqlens"])):
             own.copy_(saved)
         cache._longest, cache._cropped = state["longest"], state["cropped"]
+        cache._equal = state.get("equal", False)  # older files do not say
         return cache
 
     def _grow(self, max_seqlen: int) -> None:

@@ -139,12 +139,16 @@ class PagedKVCache(KVCache):
     def tensors(self) -> CacheTensors:
         return CacheTensors(
             self.k, self.v, self.seqlens, self.layout, self.block_table, self.tickets, self.k_scale, self.v_scale,
-            self.dtype,
+            self.dtype, self.equal_lengths,
         )  # fmt: skip
 
     @property
     def is_empty(self) -> bool:
         return max(self._longest) == 0
+
+    @property
+    def equal_lengths(self) -> bool:
+        return self.batch == 1 or len({*self._shortest, *self._longest}) == 1
 
     @property
     def pages(self) -> int:

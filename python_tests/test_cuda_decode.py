@@ -107,10 +107,17 @@ def test_steps_of_one_cache_in_a_graph(way: str, n: int, poison: Any, monkeypatc
     assert cache.seqlens.tolist() == model.lengths
 
 
-def cache_of(kv_heads: int, slots: int, batch: int = 1, kind: str = "causal") -> CacheTensors:
+def cache_of(
+    kv_heads: int, slots: int, batch: int = 1, kind: str = "causal", equal_lengths: bool = False
+) -> CacheTensors:
     k = torch.empty(batch, kv_heads, slots, 128, dtype=torch.bfloat16, device="meta")
-    layout = CacheLayout.compact(PATTERNS[kind])
-    return CacheTensors(k, k, torch.zeros(batch, dtype=torch.int32, device="meta"), layout)
+    lengths = torch.zeros(batch, dtype=torch.int32, device="meta")
+    return CacheTensors(k, k, lengths, CacheLayout.compact(PATTERNS[kind]), equal_lengths=equal_lengths)
+
+
+def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True) -> Division:
+    """On a GPU of 132 multiprocessors."""
+    return division_of(cache, cache.batch * cache.kv_heads, rows, 132, bulk)
 
 
 CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 4, 8))
@@ -134,9 +141,11 @@ PERSISTENT = Division(1, persistent_blocks=132)
         (160, 9232, PERSISTENT),
         (100, 9232, PERSISTENT),
         (100, 2064, PERSISTENT),
-        (40, 9232, Division(3)),
-        (40, 2064, Division(3)),
-        (28, 9232, Division(4)),
+        (40, 9232, PERSISTENT),  # three splits would leave 12 multiprocessors idle
+        (40, 2064, Division(3)),  # for less than it takes them to begin and to merge
+        (28, 9232, PERSISTENT),
+        (64, 9232, Division(2)),
+        (132, 32768, Division(1)),
         (32, 131072, PERSISTENT),
         (256, 2064, SMALL),
         (264, 9232, SMALL_AND_LATE),
@@ -146,10 +155,10 @@ PERSISTENT = Division(1, persistent_blocks=132)
     ],
 )
 def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
-    """On a GPU of 132 multiprocessors: clusters on half of them, blocks on nearly all, small blocks for many tiles, and
-    persistent ones for what is long or does not come out even."""
-    assert division_of(cache_of(kv_heads, slots), kv_heads, 132, True) == want
-    division = division_of(cache_of(kv_heads, slots), kv_heads, 132, False)
+    """Clusters on half of the multiprocessors, blocks on nearly all, small blocks for many tiles, and persistent ones
+    for what is long or does not come out even."""
+    assert divided(cache_of(kv_heads, slots)) == want
+    division = divided(cache_of(kv_heads, slots), bulk=False)
     assert division == Division(division.splits)
 
 
@@ -169,14 +178,34 @@ def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
 def test_how_sequences_that_may_differ_in_length_are_divided(
     kind: str, batch: int, kv_heads: int, slots: int, want: Division
 ) -> None:
-    assert division_of(cache_of(kv_heads, slots, batch, kind), batch * kv_heads, 132, True) == want
+    assert divided(cache_of(kv_heads, slots, batch, kind)) == want
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "kv_heads", "slots", "want"),
+    [
+        (8, 8, 8, 131072, PERSISTENT),
+        (8, 8, 8, 32768, Division(2)),
+        (8, 8, 32, 32768, SMALL_AND_LATE),
+        (8, 4, 32, 32768, Division(1)),
+        (16, 8, 8, 131072, PERSISTENT),
+        (16, 8, 8, 32768, Division(2)),
+        (16, 8, 1, 131072, Division(16)),
+        (16, 5, 8, 32768, PERSISTENT),
+        (16, 1, 40, 9232, Division(3)),  # persistent blocks need longer for more rows
+    ],
+)
+def test_how_sequences_of_one_length_are_divided(
+    rows: int, batch: int, kv_heads: int, slots: int, want: Division
+) -> None:
+    assert divided(cache_of(kv_heads, slots, batch, equal_lengths=True), rows) == want
 
 
 def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> None:
     cache = cache_of(8, 131072, 8, "strided blocks")
-    assert division_of(cache, 64, 132, True) == PERSISTENT
+    assert divided(cache) == PERSISTENT
     plain = cache._replace(layout=CacheLayout(PATTERNS["strided blocks"]))
-    assert division_of(plain, 64, 132, True) == Division(2)
+    assert divided(plain) == Division(2)
 
 
 @pytest.mark.gpu

@@ -258,10 +258,46 @@ def test_any_sequence_of_operations(backend: str, poison: Any, tmp_path: Path, d
             cache.save(tmp_path / "cache.pt")
             cache = SparseKVCache.load(tmp_path / "cache.pt")
         assert cache.seqlens.tolist() == model.lengths
+        assert not cache.equal_lengths or len(set(model.lengths)) == 1
     step(model, cache, 1, backend)
 
 
 # -- the cache's own functions ----------------------------------------------------------------------------------------
+
+
+def test_whether_lengths_are_equal_is_known_to_the_host(tmp_path: Path) -> None:
+    """Until sequences get different numbers of tokens, and again once they are empty; a single one is equal to itself."""
+
+    def cache_of(batch: int) -> SparseKVCache:
+        return SparseKVCache(A.causal(), batch, 1, 16, max_seqlen=40, dtype=FP32)
+
+    def ragged(cache: SparseKVCache) -> SparseKVCache:
+        cache.append(*new, counts=torch.tensor([2, 5], dtype=torch.int32))
+        return cache
+
+    new = torch.randn(2, 5, 1, 16), torch.randn(2, 5, 1, 16)
+    cache = cache_of(2)
+    cache.append(*new)
+    cache.crop(2)
+    cache.reorder(torch.tensor([1, 1]))
+    cache.save(tmp_path / "equal.pt")
+    ragged(cache).save(tmp_path / "ragged.pt")
+    cropped = cache_of(2)
+    cropped.append(*new)
+    cropped.crop(torch.tensor([2, 0], dtype=torch.int32), at_most=2)
+    for other in (cache, cropped, SparseKVCache.load(tmp_path / "ragged.pt")):
+        assert not other.equal_lengths
+        assert not other.tensors.equal_lengths
+    assert SparseKVCache.load(tmp_path / "equal.pt").equal_lengths
+    cache.reset()
+    assert cache.equal_lengths
+    assert cache.tensors.equal_lengths
+    one = cache_of(1)
+    one.append(new[0][:1], new[1][:1], counts=torch.tensor([3], dtype=torch.int32))
+    assert one.equal_lengths
+    state = ragged(cache_of(2)).state_dict()
+    del state["equal"]  # as in files of before it was known
+    assert not SparseKVCache.from_state_dict(state).equal_lengths
 
 
 def test_cropping_further_than_the_ring_reaches_says_so() -> None:

@@ -45,6 +45,24 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(ops.kvcache_append_attn, (q, *written, *layout, k, v, None, True, 0.25, backend))
 
 
+def test_that_lengths_are_equal_reaches_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called from Python, and through each of the operators."""
+    _, cache, layout = operator_cache("reference")
+    q, k, v = (torch.randn(2, 1, heads, 16) for heads in (4, 2, 2))
+    seen = []
+    attend = reference.cache_attn
+    monkeypatch.setattr(reference, "cache_attn", lambda p: (seen.append(p.cache.equal_lengths), attend(p))[1])
+    written = (cache.k, cache.v, cache.seqlens)
+    for equal in (False, True):
+        if equal:
+            cache.reset()
+        longgen_attn_with_kvcache(q, cache, k, v, backend="reference")
+        rest = {"equal_lengths": equal}
+        ops.kvcache_attn(q, *written, *layout, 0.25, -1, "reference", **rest)
+        ops.kvcache_append_attn(q, *written, *layout, k, v, None, True, 0.25, "reference", **rest)
+    assert seen == [False] * 3 + [True] * 3
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_compiles_without_graph_breaks(backend: str) -> None:
     model, cache, layout = operator_cache(backend)

@@ -102,6 +102,7 @@ def test_any_sequence_of_operations(kind: str, page_size: int, poison: Any, data
                 model.crop([model.lengths[b] if i == b else 0 for i in range(3)])
             cache.reset(argument)
         assert cache.seqlens.tolist() == model.lengths
+        assert not cache.equal_lengths or len(set(model.lengths)) == 1
         assert_pages_add_up(cache)
     if max(model.lengths) < MAX_SEQLEN:
         step(model, cache, 1, "reference")
@@ -150,12 +151,17 @@ def test_several_caches_share_a_pool(poison: Any) -> None:
 def test_bounds_of_lengths_that_only_the_device_knows(poison: Any) -> None:
     model, cache = model_and_cache(PATTERNS["sink and window"], "reference", poison)
     _, k, v = new_tokens(model, 50, 1)
+    assert cache.equal_lengths
     cache.append(k, v, torch.tensor([50, 3], dtype=torch.int32))
+    assert not cache.equal_lengths
     with pytest.raises(ValueError, match=r"lengths must be from \[0, 0\] to \[50, 50\], got \[50, 51\]"):
         cache.lengths_are([50, 51])
     cache.lengths_are([50, 3])
+    assert not cache.equal_lengths
     with pytest.raises(ValueError, match="351 more tokens than 50 would pass max_seqlen=400"):
         cache.reserve(351)
+    cache.crop([47, 0])
+    assert cache.tensors.equal_lengths
 
 
 def test_holds_what_a_cache_in_one_block_holds(poison: Any) -> None:

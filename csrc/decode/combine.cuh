@@ -12,7 +12,7 @@ namespace longgen::decode {
 // Neighbouring elements of a row's output, not divided by the sum of its weights, which are
 // relative to 2^offset: -inf where the row saw nothing.
 template <int kElements>
-struct alignas(4 * kElements) Elements {
+struct alignas(kElements < 4 ? 4 * kElements : 16) Elements {
   float at[kElements];
 };
 template <int kElements_>
@@ -83,6 +83,7 @@ __device__ __forceinline__ void store_result(const DecodeParams& params, const T
                  ((int64_t(tile.sequence) * params.n + token) * params.q_heads + head) *
                      params.cache.head_dim +
                  column;
+  static_assert(kElements <= 8, "more than 16 bytes are not aligned");
   struct alignas(2 * kElements) {
     uint32_t pairs[kElements / 2];
   } rounded;
@@ -96,12 +97,12 @@ __device__ __forceinline__ void store_result(const DecodeParams& params, const T
 }
 
 // The parts of splits on their way through global memory, where the threads of a block have runs of
-// four elements. Other blocks write them in the same launch, so they are read past the level-1
+// kRun elements. Other blocks write them in the same launch, so they are read past the level-1
 // cache.
 template <typename Traits>
 class GlobalParts {
  public:
-  using Part = decode::Part<4>;
+  using Part = decode::Part<Traits::kRun>;
 
   __device__ explicit GlobalParts(const DecodeParams& params)
       : out_(params.part_out), weights_(reinterpret_cast<float2*>(params.part_weights)) {}
@@ -116,8 +117,12 @@ class GlobalParts {
   __device__ __forceinline__ Part load(int64_t place, int row, int column) const {
     const int64_t i = place * Traits::kRows + row;
     const float2 weights = __ldcg(weights_ + i);
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(out_ + i * Traits::kHeadDim + column));
-    return {weights.x, weights.y, {x.x, x.y, x.z, x.w}};
+    Part part{weights.x, weights.y};
+#pragma unroll
+    for (int e = 0; e < Part::kElements; e += 4)
+      *reinterpret_cast<float4*>(part.out.at + e) =
+          __ldcg(reinterpret_cast<const float4*>(out_ + i * Traits::kHeadDim + column + e));
+    return part;
   }
 
  private:

@@ -22,6 +22,8 @@ class CacheTensors(NamedTuple):
 
     An fp8 cache (float8_e4m3fn) has `k_scale` and `v_scale`, fp32 (kv_heads,), which its bytes are multiplied by, and
     `given_dtype`, that of the queries and new tokens.
+
+    `equal_lengths`: all sequences are known to have one length. Results are the same without it.
     """
 
     k: Tensor
@@ -33,6 +35,7 @@ class CacheTensors(NamedTuple):
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
     given_dtype: torch.dtype | None = None
+    equal_lengths: bool = False
 
     @property
     def dtype(self) -> torch.dtype:

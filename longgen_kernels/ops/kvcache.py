@@ -30,12 +30,15 @@ _LAYOUT = "Tensor? tickets, Tensor? block_table, int[] pattern, int ring"
 _WRITTEN = f"Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) seqlens, {_LAYOUT}"
 _NEW = "Tensor k, Tensor v, Tensor? counts, bool advance"
 _REST = "str backend, Tensor? k_scale=None, Tensor? v_scale=None"
+_HINT = "bool equal_lengths=False"
 lib.define(
     f"kvcache_attn(Tensor q, Tensor k_cache, Tensor v_cache, Tensor seqlens, {_LAYOUT}, "
-    f"float softmax_scale, SymInt q_offset, {_REST}) -> (Tensor, Tensor)"
+    f"float softmax_scale, SymInt q_offset, {_REST}, {_HINT}) -> (Tensor, Tensor)"
 )
 lib.define(f"kvcache_append({_WRITTEN}, {_NEW}, {_REST}) -> ()")
-lib.define(f"kvcache_append_attn(Tensor q, {_WRITTEN}, {_NEW}, float softmax_scale, {_REST}) -> (Tensor, Tensor)")
+lib.define(
+    f"kvcache_append_attn(Tensor q, {_WRITTEN}, {_NEW}, float softmax_scale, {_REST}, {_HINT}) -> (Tensor, Tensor)"
+)
 
 
 def runs_in_one_pass(problem: CacheProblem, backend: str) -> bool:
@@ -60,7 +63,7 @@ def attend(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
         q, cache.k, cache.v, cache.seqlens, cache.tickets, cache.block_table, cache.layout.pattern.encode(),
         -1 if ring is None else ring,
     )  # fmt: skip
-    rest = (backend, cache.k_scale, cache.v_scale)
+    rest = (backend, cache.k_scale, cache.v_scale, cache.equal_lengths)
     if new is None:
         out, lse = torch.ops.longgen_kernels.kvcache_attn.default(
             *arguments, problem.softmax_scale, problem.q_offset, *rest
@@ -74,12 +77,12 @@ def attend(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
 
 def _cache(
     k: Tensor, v: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None, code: list[int], ring: int,
-    k_scale: Tensor | None, v_scale: Tensor | None, dtype: torch.dtype,
+    k_scale: Tensor | None, v_scale: Tensor | None, dtype: torch.dtype, equal_lengths: bool = False,
 ) -> CacheTensors:  # fmt: skip
     pattern = decode_pattern(code)
     assert isinstance(pattern, AttentionPattern)
     layout = CacheLayout(pattern, None if ring < 0 else ring)
-    return CacheTensors(k, v, seqlens, layout, table, tickets, k_scale, v_scale, dtype)
+    return CacheTensors(k, v, seqlens, layout, table, tickets, k_scale, v_scale, dtype, equal_lengths)
 
 
 def _choose(problem: CacheProblem, backend: str) -> str:
@@ -100,9 +103,12 @@ def _run(problem: CacheProblem, backend: str) -> tuple[Tensor, Tensor]:
 def _attn(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
     pattern: list[int], ring: int, softmax_scale: float, q_offset: int, backend: str,
-    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None, equal_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, q.dtype)
+    cache = _cache(
+        k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, q.dtype,
+        equal_lengths,
+    )  # fmt: skip
     return _run(CacheProblem(q, cache, softmax_scale, q_offset), backend)
 
 
@@ -119,9 +125,12 @@ def _append(
 def _append_attn(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, tickets: Tensor | None, table: Tensor | None,
     pattern: list[int], ring: int, k: Tensor, v: Tensor, counts: Tensor | None, advance: bool, softmax_scale: float,
-    backend: str, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    backend: str, k_scale: Tensor | None = None, v_scale: Tensor | None = None, equal_lengths: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    cache = _cache(k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, q.dtype)
+    cache = _cache(
+        k_cache, v_cache, seqlens, tickets, table, pattern, ring, k_scale, v_scale, q.dtype,
+        equal_lengths,
+    )  # fmt: skip
     return _run(CacheProblem(q, cache, softmax_scale, 0, NewTokens(k, v, counts, advance)), backend)
 
 

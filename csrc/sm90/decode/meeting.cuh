@@ -6,30 +6,32 @@
 
 namespace longgen::sm90 {
 
-// Of tasks numbered from 0. Each function is a warp's, all lanes together.
+// Of tasks numbered from 0. Each function is a warp's, all lanes together, and each lane arrives
+// for itself: a lane that did for the others, after __syncwarp, would look like a race to
+// racecheck.
 template <int kWarps, int kMergers>
 class Meeting {
  public:
   // Once, by one warp, before all others.
   __device__ __forceinline__ void set_up() {
     if (threadIdx.x % 32 == 0) {
-      first_start_.init(kWarps);
-      for (Mbarrier& barrier : start_) barrier.init(kMergers);
-      ends_.init(kWarps);
-      merged_.init(kMergers);
-      others_ended_.init(1);
-      end_.init(kMergers);
-      ends_first = false;
+      first_start_.init(32 * kWarps);
+      for (Mbarrier& barrier : start_) barrier.init(32 * kMergers);
+      ends_.init(32 * kWarps);
+      merged_.init(32 * kMergers);
+      others_ended_.init(32);
+      end_.init(32 * kMergers);
+      ends_first_ = false;
       fence_barrier_init();
     }
     __syncwarp();
   }
 
   // The warp has brought its share of the first task's query.
-  __device__ __forceinline__ void let_start_first() { arrive(first_start_); }
+  __device__ __forceinline__ void let_start_first() { first_start_.arrive(); }
   // The same of another task. It may be there while some warps have yet to begin the task before:
   // hence two barriers.
-  __device__ __forceinline__ void let_start(int task) { arrive(start_[task % 2]); }
+  __device__ __forceinline__ void let_start(int task) { start_[task % 2].arrive(); }
   __device__ __forceinline__ void wait_for_start(int task) {
     if (task == 0) {
       first_start_.wait(0);
@@ -39,36 +41,37 @@ class Meeting {
   }
 
   // A warp has stored what it has found.
-  __device__ __forceinline__ void end() { arrive(ends_); }
+  __device__ __forceinline__ void end() { ends_.arrive(); }
   __device__ __forceinline__ bool have_all_ended(int task) { return ends_.is_complete(task % 2); }
   __device__ __forceinline__ void wait_for_ends(int task) { ends_.wait(task % 2); }
 
   // That has been read.
-  __device__ __forceinline__ void let_store() { arrive(merged_); }
+  __device__ __forceinline__ void let_store() { merged_.arrive(); }
   __device__ __forceinline__ void wait_to_store(int task) {
     if (task > 0) merged_.wait((task - 1) % 2);
   }
 
   // All other blocks that share the last task's tile have ended.
-  __device__ __forceinline__ void say_others_ended() { arrive(others_ended_); }
+  __device__ __forceinline__ void say_others_ended() { others_ended_.arrive(); }
   __device__ __forceinline__ bool have_others_ended() { return others_ended_.is_complete(0); }
 
   // All pieces but the last are merged.
-  __device__ __forceinline__ void let_end() { arrive(end_); }
+  __device__ __forceinline__ void let_end() { end_.arrive(); }
   __device__ __forceinline__ void wait_for_end() { end_.wait(0); }
 
-  // The first task, if it is not the last one, and whether the block has been the last of those
-  // that share its tile.
-  Task first;
-  bool ends_first;
+  // Of the first task, if it is not the last one: whether the block has been the last of those that
+  // share its tile, and so is to merge their parts. By one thread, before `let_end`.
+  __device__ __forceinline__ void say_first(const Task& task, bool is_last) {
+    first_ = task;
+    ends_first_ = is_last;
+  }
+  __device__ __forceinline__ bool ends_first() const { return ends_first_; }
+  __device__ __forceinline__ const Task& first() const { return first_; }
 
  private:
-  static __device__ __forceinline__ void arrive(Mbarrier& barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier.arrive();
-  }
-
   Mbarrier first_start_, start_[2], ends_, merged_, others_ended_, end_;
+  Task first_;
+  bool ends_first_;
 };
 
 }  // namespace longgen::sm90

@@ -50,8 +50,8 @@ __device__ __forceinline__ void merge_pieces(const DecodeParams& params, LatestL
         .merge_warps(kTeam, typename Traits::Factors(params, task.tile.kv_head), found);
     shared.meeting.let_store();
     if (task.piece.parts > 1) {
-      shared.meeting.first = task;
-      shared.meeting.ends_first = decode::is_last(kTeam, ticket(task), task.piece.parts);
+      const bool is_last = decode::is_last(kTeam, ticket(task), task.piece.parts);
+      if (kTeam.index() == 0) shared.meeting.say_first(task, is_last);
     }
     task = next;
   }
@@ -131,9 +131,9 @@ __device__ __forceinline__ void attend_to_pieces(const DecodeParams& params, con
     shared_tile<Traits>(params, task).merge_block(Block(), stores, is_last, factors, found);
     // Others that share the first tile have all ended before this block: only if it began late.
     shared.meeting.wait_for_end();
-    if (!stores || !shared.meeting.ends_first) break;
+    if (!stores || !shared.meeting.ends_first()) break;
     stores = false;
-    task = shared.meeting.first;
+    task = shared.meeting.first();
   }
 }
 

@@ -79,8 +79,11 @@ struct DecodeTraits {
   };
   using Factors = decode::Factors<T, Cached>;
   using Found = decode::Found<kRows, kHeadDim>;
-  // Parts that are read at once to be merged: 8 heads have up to 18 on 132 multiprocessors.
-  static constexpr int kPartsAtOnce = 20;
+  // Elements of a row that a thread merges: 256 threads have a tile of head_dim 128.
+  static constexpr int kRun = 4 * kOctets;
+  // Parts that are read at once to be merged, as many as fit in registers: on 132 multiprocessors 8
+  // heads have up to 18.
+  static constexpr int kPartsAtOnce = kOctets == 1 ? 20 : kPersistent ? 8 : 16;
   // Stages of all warps, and one more of the last.
   static constexpr int kAllStages = kWarps * kStages + 1;
   struct Shared {

@@ -128,7 +128,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    division = division_of(cache, blocks, multiprocessors(q.device), bulk)
+    division = division_of(cache, blocks, rows, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     parts = division.parts(blocks)
     if parts > 0:

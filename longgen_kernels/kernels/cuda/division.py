@@ -23,12 +23,16 @@ _SMALL_ROUNDS = 2  # of the small blocks that run at once, at most
 _LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
 _MAX_SEQUENCES = 32  # that persistent blocks share out
 _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
-# Of keys and values that a persistent block reads, at least, where sequences may be ragged, and in any case.
+# Of keys and values that a persistent block reads, at least, where sequences may be ragged; that a tile has, at least,
+# where there are more tiles than multiprocessors.
 _RAGGED_BYTES, _LONG_BYTES = 2 << 20, 8 << 20
-# What a multiprocessor could read while blocks begin and merge, fitted to what was measured on an H200: blocks that all
-# run at once or are not split, others, persistent ones. And the share of its time that it needs for what it reads where
-# others are idle.
-_ROUND_COST, _ROUNDS_COST, _PERSISTENT_COST, _ALONE = 144 << 10, 304 << 10, 256 << 10, 0.945
+# What a multiprocessor could read while blocks begin and merge, fitted to what was measured on an H200: blocks without
+# splits, splits that all run at once, others; persistent blocks, for tiles of up to 8 rows and of more.
+_WHOLE_COST, _ROUND_COST, _ROUNDS_COST = 80 << 10, 144 << 10, 304 << 10
+_PERSISTENT_COST, _PERSISTENT_COST_OF_16 = 200 << 10, 280 << 10
+# The share of its time that a multiprocessor needs for what it reads where others are idle; and how much longer than on
+# average the slowest reads, of blocks that have equal shares but are not persistent.
+_ALONE, _SLOWEST = 0.945, 1.005
 
 
 class Division(NamedTuple):
@@ -47,8 +51,8 @@ class Division(NamedTuple):
         return blocks * self.splits if self.splits > 1 and not self.clustered else 0
 
 
-def division_of(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bool) -> Division:
-    """The division for `blocks` tiles of query rows, each with a sequence's keys of one KV head.
+def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool) -> Division:
+    """The division for `blocks` tiles of `rows` query rows, each with a sequence's keys of one KV head.
 
     `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Where there are more tiles
     than multiprocessors and small blocks share out the work evenly without splits, in a round or two, they read while
@@ -56,7 +60,8 @@ def division_of(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bo
     them less than all together, by what was measured. A cluster merges its splits sooner than blocks that meet in
     global memory, but clusters do not fit on all multiprocessors: on half of them they do, which is enough to read what
     is short. Persistent blocks even out what splits would not, and sequences of different lengths, and leave memory
-    idle the least where there is much to read, but they take longer to begin and to merge.
+    idle the least where there is much to read, but they take longer to begin and to merge. What is long is theirs in any
+    case if sequences, by what is known, may differ much in length.
     """
     most = min(_MAX_SPLITS, max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT))
     if not bulk:
@@ -64,7 +69,8 @@ def division_of(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bo
     nbytes = 2 * cache.slots * cache.head_dim * cache.k.element_size()  # that a block without splits reads
     each = blocks * nbytes // multiprocessors
     persistent = Division(1, persistent_blocks=multiprocessors) if _can_be_persistent(cache, blocks) else None
-    if persistent and _is_long(cache, blocks <= multiprocessors, nbytes, each):
+    is_long = each >= _RAGGED_BYTES and (blocks <= multiprocessors or nbytes >= _LONG_BYTES)
+    if persistent and is_long and _may_be_ragged(cache):
         return persistent
     at_once = 2 * multiprocessors  # small blocks
     can_be_small = cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8
@@ -75,7 +81,7 @@ def division_of(cache: CacheTensors, blocks: int, multiprocessors: int, bulk: bo
     if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
         return Division(cluster, clustered=True)
     splits, cost = _cheapest_splits(blocks, nbytes, most, multiprocessors)
-    if persistent and each + _PERSISTENT_COST < cost:
+    if persistent and each + (_PERSISTENT_COST if rows <= 8 else _PERSISTENT_COST_OF_16) < cost:
         return persistent
     return Division(splits)
 
@@ -87,12 +93,9 @@ def _can_be_persistent(cache: CacheTensors, blocks: int) -> bool:
     return shows_slots and 0 < cache.batch <= _MAX_SEQUENCES and blocks * cache.slots <= _MAX_SLOTS
 
 
-def _is_long(cache: CacheTensors, fits: bool, nbytes: int, each: int) -> bool:
-    """Whether persistent blocks are the fastest, or would be if sequences differed much in length: if nothing is
-    dropped they may. `fits`: a block for each tile fits on the multiprocessors."""
-    if cache.layout.pattern.is_dense and cache.batch > 1:
-        return each >= _RAGGED_BYTES and (fits or nbytes >= _LONG_BYTES)
-    return fits and each >= _LONG_BYTES
+def _may_be_ragged(cache: CacheTensors) -> bool:
+    """Whether some sequences may have much more to read than others."""
+    return cache.layout.pattern.is_dense and cache.batch > 1 and not cache.equal_lengths
 
 
 @lru_cache(maxsize=4096)
@@ -101,8 +104,10 @@ def _cheapest_splits(blocks: int, nbytes: int, most: int, multiprocessors: int) 
 
     def cost(splits: int) -> float:
         rounds = math.ceil(blocks * splits / multiprocessors)
-        reading = max(blocks * nbytes / multiprocessors, _ALONE * rounds * nbytes / splits)
-        return reading + (_ROUND_COST if rounds == 1 or splits == 1 else _ROUNDS_COST)
+        reading = _SLOWEST * max(blocks * nbytes / multiprocessors, _ALONE * rounds * nbytes / splits)
+        if splits == 1:
+            return reading + _WHOLE_COST
+        return reading + (_ROUND_COST if rounds == 1 else _ROUNDS_COST)
 
     best = min(range(1, max(1, most) + 1), key=cost)
     return best, cost(best)
