@@ -266,7 +266,7 @@ def test_any_sequence_of_operations(backend: str, poison: Any, tmp_path: Path, d
 
 
 def test_whether_lengths_are_equal_is_known_to_the_host(tmp_path: Path) -> None:
-    """Until sequences get different numbers of tokens, and again once they are empty; a single one is equal to itself."""
+    """Until sequences get different numbers of tokens, and again once they are empty; a single one is."""
 
     def cache_of(batch: int) -> SparseKVCache:
         return SparseKVCache(A.causal(), batch, 1, 16, max_seqlen=40, dtype=FP32)

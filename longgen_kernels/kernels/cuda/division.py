@@ -60,8 +60,8 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
     them less than all together, by what was measured. A cluster merges its splits sooner than blocks that meet in
     global memory, but clusters do not fit on all multiprocessors: on half of them they do, which is enough to read what
     is short. Persistent blocks even out what splits would not, and sequences of different lengths, and leave memory
-    idle the least where there is much to read, but they take longer to begin and to merge. What is long is theirs in any
-    case if sequences, by what is known, may differ much in length.
+    idle the least where there is much to read, but they take longer to begin and to merge. What is long is theirs in
+    any case if sequences, by what is known, may differ much in length.
     """
     most = min(_MAX_SPLITS, max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT))
     if not bulk:
