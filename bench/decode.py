@@ -86,7 +86,8 @@ class DecodeCase:
 
 
 _A = AttentionPattern
-_2048, _9216 = _A.sink_window(sink=128, window=1920), _A.sink_window(sink=1024, window=8192)
+_2048, _4096 = (_A.sink_window(sink=128, window=kept - 128) for kept in (2048, 4096))
+_9216 = _A.sink_window(sink=1024, window=8192)
 CASES = {
     case.name: case
     for case in (
@@ -103,6 +104,11 @@ CASES = {
         DecodeCase("gqa_128K_batch_8", _A.causal(), batch=8, kv_heads=8),
         DecodeCase("gqa_128K_ragged_batch_8", _A.causal(), batch=8, kv_heads=8, ragged=True),
         DecodeCase("strided", _A.strided(16, 64, window=1024)),
+        *(
+            DecodeCase(f"gqa{group}_{name}_batch_{batch}", pattern, batch, q_heads=8 * group, kv_heads=8)
+            for name, pattern, batch in (("2048", _2048, 20), ("4096", _4096, 12), ("9216", _9216, 32))
+            for group in (4, 8, 16)
+        ),
     )
 }
 QUICK = DecodeCase("quick", _A.sink_window(4, 60), q_heads=2, kv_heads=1, head_dim=16, seen=500, dtype=torch.float32)
