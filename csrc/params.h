@@ -210,8 +210,9 @@ struct DecodeParams {
   int32_t splits;
   // On Hopper: whether the kernel may start before the one ahead of it has ended; whether it copies
   // in bulk, where chunks are neighbouring slots; and then, whether the splits (up to 8) are a
-  // cluster, or else blocks are to be small, where that is possible, or, of up to 32 sequences, how
-  // many share out all work evenly (0: each has one split).
+  // cluster, or else blocks are to be small, where that is possible (16 bits, head_dim up to 128,
+  // one split), or, of up to 32 sequences, how many share out all work evenly (0: each has one
+  // split).
   int32_t starts_early, bulk, clustered, small_blocks, persistent_blocks;
   // Results of the splits, or nullptr where there is one or they are clustered: (batch, kv_heads,
   // row tiles, splits, rows of a tile, head_dim), and 2 in place of the last dimension. Of

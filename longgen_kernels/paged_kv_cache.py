@@ -148,7 +148,7 @@ class PagedKVCache(KVCache):
 
     @property
     def equal_lengths(self) -> bool:
-        return self.batch == 1 or len({*self._shortest, *self._longest}) == 1
+        return self.batch == 1 or min(self._shortest) == max(self._longest)
 
     @property
     def pages(self) -> int:

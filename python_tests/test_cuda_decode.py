@@ -24,7 +24,6 @@ WAYS = {  # whether through shared memory, and how the work is divided
     "through memory, more splits than are read at once": (True, Division(37)),
     "small blocks": (True, Division(1, small_blocks=True)),
     "small blocks that do not start early": (True, Division(1, small_blocks=True, starts_early=False)),
-    "small blocks, through memory": (True, Division(4, small_blocks=True)),
     "persistent blocks": (True, Division(1, persistent_blocks=132)),
     "three persistent blocks": (True, Division(1, persistent_blocks=3)),
     "more persistent blocks than pairs of chunks": (True, Division(1, persistent_blocks=1000)),
