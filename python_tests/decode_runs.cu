@@ -51,6 +51,17 @@ extern "C" int check_runs(int tiles, const int* pairs, const int* places, int bl
   return 0;
 }
 
+// How often the blocks have each of equal tiles as a whole, and the first shared ones as a run.
+extern "C" void equal_tiles(int tiles, int blocks, int* times) {
+  for (int block = 0; block < blocks; ++block) {
+    const WholeTiles whole = WholeTiles::of(tiles, blocks);
+    for (int t = whole.first(block); t < tiles; t += blocks) ++times[t];
+    if (block == 0) {
+      for (int t = 0; t < whole.shared; ++t) ++times[t];
+    }
+  }
+}
+
 // How many places the longest and the shortest run have.
 extern "C" void runs(int places, int blocks, int* longest, int* shortest) {
   *longest = 0;

@@ -229,6 +229,26 @@ def test_ragged_batches_of_persistent_blocks(
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 5, 16])
+@pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
+@pytest.mark.parametrize("blocks", [3, 7, 16, 132])
+def test_equal_tiles_of_persistent_blocks(
+    blocks: int, kind: str, n: int, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 tiles and more of one length: each block has whole ones behind its share of those that are left over."""
+    monkeypatch.setattr(decode, "division_of", lambda *_: Division(1, persistent_blocks=blocks))
+    model, cache = model_and_cache(PATTERNS[kind], "cuda", poison, batch=8, max_seqlen=2100)
+    prefill(model, cache, [2000] * 8, "cuda")
+    for _ in range(3):
+        step(model, cache, n, "cuda")
+    q, k, v = new_tokens(model, n, 4)
+    other = SparseKVCache.from_state_dict(cache.state_dict())
+    first, again = (longgen_attn_with_kvcache(q, c, k, v, return_lse=True, backend="cuda") for c in (cache, other))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    assert cache.tickets.count_nonzero() == 0
+
+
 def test_one_tokens_keys_and_values_are_not_copied() -> None:
     """RoPE leaves keys (batch, heads, n, head_dim) behind, values come as they were projected."""
     for n, same in ((1, True), (2, False)):

@@ -45,6 +45,15 @@ def test_sequences_of_any_length(
     assert wrong(library, pairs, places, blocks) == 0
 
 
+@given(blocks=st.integers(1, 140), rounds=st.integers(1, 9), more=st.integers(0, 139))
+def test_whole_tiles(blocks: int, rounds: int, more: int, library: ctypes.CDLL) -> None:
+    """Each block has as many as any other, and fewer tiles are shared than there are blocks."""
+    tiles = rounds * blocks + more % blocks
+    times = np.zeros(tiles, dtype=np.int32)
+    library.equal_tiles(tiles, blocks, address(times))
+    assert (times == 1).all()
+
+
 @pytest.mark.parametrize(("places", "blocks"), [(1, 1), (7, 132), (132, 132), (33024, 132), (32904, 132), (1001, 108)])
 def test_no_run_is_longer_than_another_by_more_than_one(places: int, blocks: int, library: ctypes.CDLL) -> None:
     longest, shortest = ctypes.c_int(), ctypes.c_int()

@@ -168,34 +168,48 @@ class SharedTile {
     });
   }
 
-  // The same, and then in the last block what all have found: that is the result. Whether this is
-  // the last is known (`is_last`: the others have stored their parts, which this block sees), or
-  // else counted; where it has been counted already (not `counts`), the warps' finds are stored
-  // too.
+  // Merges what all blocks have found, and have stored: that is the result.
+  template <typename Team>
+  __device__ __forceinline__ void merge_parts(Team team, const Factors& factors) const {
+    merge_parts(team, factors, [](int, int) { return Part{}; }, false);
+  }
+
+  // Merges what the warps of this block have found, and in the last block what all have. Whether
+  // this is the last is known (`is_last`: the others have stored their parts, which this block
+  // sees), or else counted.
   template <typename Team, typename OfWarp>
-  __device__ __forceinline__ void merge_block(Team team, bool counts, bool is_last,
-                                              const Factors& factors, OfWarp found) const {
+  __device__ __forceinline__ void merge_block(Team team, bool is_last, const Factors& factors,
+                                              OfWarp found) const {
     uint32_t* const ticket = ticket_of(params_, tile_);
-    const bool keeps = counts && count_ > 1 && is_last;
-    if (counts && !keeps) {
+    const bool keeps = count_ > 1 && is_last;
+    if (!keeps) {
       merge_warps(team, factors, found);
       if (count_ == 1 || !decode::is_last(team, ticket, count_)) return;
     }
-    for_runs(team, [&](int row, int column) {
-      Part part;
-      if (keeps) part = of_warps(row, column, factors, found);
-      const auto read = [&](int p) {
-        return keeps && p == mine_ ? part : parts_.load(place_of_(p), row, column);
-      };
-      constexpr int kFew = 4, kMany = Traits::kPartsAtOnce;
-      store_result<T>(params_, tile_, row, column,
-                      count_ <= kFew ? merge<kFew>(count_, read) : merge<kMany>(count_, read),
-                      factors.out);
-    });
+    const auto own = [&](int row, int column) { return of_warps(row, column, factors, found); };
+    merge_parts(team, factors, own, keeps);
     if (keeps && team.index() == 0) take_ticket(ticket, count_);
   }
 
  private:
+  // If `keeps`, this block's part is not stored, but found again.
+  template <typename Team, typename Own>
+  __device__ __forceinline__ void merge_parts(Team team, const Factors& factors, Own own,
+                                              bool keeps) const {
+    for_runs(team, [&](int row, int column) {
+      Part part;
+      if (keeps) part = own(row, column);
+      const auto read = [&](int p) {
+        return keeps && p == mine_ ? part : parts_.load(place_of_(p), row, column);
+      };
+      constexpr int kFew = 4, kMany = Traits::kPartsAtOnce;
+      store_result<T>(
+          params_, tile_, row, column,
+          kMany <= kFew || count_ <= kFew ? merge<kFew>(count_, read) : merge<kMany>(count_, read),
+          factors.out);
+    });
+  }
+
   template <typename Team, typename F>
   __device__ __forceinline__ void for_runs(Team team, F f) const {
     decode::for_runs<Traits::kHeadDim, Part::kElements>(tile_, team, f);
@@ -225,7 +239,7 @@ __device__ __forceinline__ void merge_splits(const DecodeParams& params, const T
   const int64_t first = tile.index * splits;
   const auto place_of = [first](int p) { return first + p; };
   SharedTile<Traits, decltype(place_of)>(params, tile, split, splits, place_of)
-      .merge_block(BlockTeam<Traits::kThreads>(), true, false, factors, found);
+      .merge_block(BlockTeam<Traits::kThreads>(), false, factors, found);
 }
 
 }  // namespace longgen::decode

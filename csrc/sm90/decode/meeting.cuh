@@ -2,7 +2,6 @@
 #pragma once
 
 #include "arch/sm90/barrier.cuh"
-#include "sm90/decode/task.cuh"
 
 namespace longgen::sm90 {
 
@@ -20,8 +19,6 @@ class Meeting {
       ends_.init(32 * kWarps);
       merged_.init(32 * kMergers);
       others_ended_.init(32);
-      end_.init(32 * kMergers);
-      ends_first_ = false;
       fence_barrier_init();
     }
     __syncwarp();
@@ -55,23 +52,8 @@ class Meeting {
   __device__ __forceinline__ void say_others_ended() { others_ended_.arrive(); }
   __device__ __forceinline__ bool have_others_ended() { return others_ended_.is_complete(0); }
 
-  // All pieces but the last are merged.
-  __device__ __forceinline__ void let_end() { end_.arrive(); }
-  __device__ __forceinline__ void wait_for_end() { end_.wait(0); }
-
-  // Of the first task, if it is not the last one: whether the block has been the last of those that
-  // share its tile, and so is to merge their parts. By one thread, before `let_end`.
-  __device__ __forceinline__ void say_first(const Task& task, bool is_last) {
-    first_ = task;
-    ends_first_ = is_last;
-  }
-  __device__ __forceinline__ bool ends_first() const { return ends_first_; }
-  __device__ __forceinline__ const Task& first() const { return first_; }
-
  private:
-  Mbarrier first_start_, start_[2], ends_, merged_, others_ended_, end_;
-  Task first_;
-  bool ends_first_;
+  Mbarrier first_start_, start_[2], ends_, merged_, others_ended_;
 };
 
 }  // namespace longgen::sm90

@@ -23,7 +23,7 @@ __device__ __forceinline__ auto shared_tile(const DecodeParams& params, const Ta
 }
 
 // What the merging warps do. What the last piece gives is left to the others, who have nothing else
-// to do then, and so are the parts of other blocks.
+// to do then.
 template <typename Traits>
 __device__ __forceinline__ void merge_pieces(const DecodeParams& params, LatestLengths& lengths,
                                              typename Traits::Shared& shared) {
@@ -46,16 +46,14 @@ __device__ __forceinline__ void merge_pieces(const DecodeParams& params, LatestL
     wait_for_copies();
     shared.meeting.let_start(i + 1);
     shared.meeting.wait_for_ends(i);
-    shared_tile<Traits>(params, task)
-        .merge_warps(kTeam, typename Traits::Factors(params, task.tile.kv_head), found);
+    const typename Traits::Factors factors(params, task.tile.kv_head);
+    const auto tile = shared_tile<Traits>(params, task);
+    tile.merge_warps(kTeam, factors, found);
     shared.meeting.let_store();
-    if (task.piece.parts > 1) {
-      const bool is_last = decode::is_last(kTeam, ticket(task), task.piece.parts);
-      if (kTeam.index() == 0) shared.meeting.say_first(task, is_last);
-    }
+    if (task.piece.parts > 1 && decode::is_last(kTeam, ticket(task), task.piece.parts))
+      tile.merge_parts(kTeam, factors);
     task = next;
   }
-  shared.meeting.let_end();
   // Watches whether the blocks that share the last tile end before this one.
   if (task.piece.parts == 1 || warp > 0) return;
 #pragma unroll 1
@@ -124,17 +122,8 @@ __device__ __forceinline__ void attend_to_pieces(const DecodeParams& params, con
   // Whether the other blocks of the tile have ended, as the merging warp has seen by now: then this
   // one need not write what it has found for another to read.
   const bool is_last = Block::any(threadIdx.x == 0 && shared.meeting.have_others_ended());
-  bool stores = true;
-#pragma unroll 1
-  while (true) {
-    const typename Traits::Factors factors(params, task.tile.kv_head);
-    shared_tile<Traits>(params, task).merge_block(Block(), stores, is_last, factors, found);
-    // Others that share the first tile have all ended before this block: only if it began late.
-    shared.meeting.wait_for_end();
-    if (!stores || !shared.meeting.ends_first()) break;
-    stores = false;
-    task = shared.meeting.first();
-  }
+  const typename Traits::Factors factors(params, task.tile.kv_head);
+  shared_tile<Traits>(params, task).merge_block(Block(), is_last, factors, found);
 }
 
 template <typename Traits>

@@ -3,7 +3,9 @@
 //
 // All tiles stand in a row, in which a tile takes up a place for each pair of its chunks, and some
 // before them. The blocks share out the places: each has a run of them, of the end of one tile,
-// whole tiles, and the beginning of another, or of a part of one.
+// whole tiles, and the beginning of another, or of a part of one. But of as many equal tiles as
+// there are blocks, or more, each has whole ones at the end, so that none has to wait for another
+// there, and they share out the first ones, what is left over.
 #pragma once
 
 #include "decode/shares.cuh"
@@ -22,6 +24,17 @@ struct Piece {
 __host__ __device__ __forceinline__ int place_of_part(int first_block, int p) {
   return p == 0 ? 2 * first_block + 1 : 2 * (first_block + p);
 }
+
+// The whole tiles that a block has of equal ones.
+struct WholeTiles {
+  int shared;  // tiles before those, of which blocks have runs
+
+  static __host__ __device__ __forceinline__ WholeTiles of(int tiles, int blocks) {
+    return {tiles - int(unsigned(tiles) / unsigned(blocks)) * blocks};
+  }
+  // A block's; each next one is as many further as there are blocks.
+  __host__ __device__ __forceinline__ int first(int block) const { return shared + block; }
+};
 
 // There are kBeginning places before a tile's pairs: a block begins one in about the time that it
 // reads so many. At least one, so that somebody has a tile without pairs.

@@ -34,8 +34,8 @@ struct DecodeTraits {
   // than those that attend to keys need: the others give away some.
   static constexpr int kMergers = 4;
   static constexpr int kThreads = kAttendThreads + (kPersistent ? 32 * kMergers : 0);
-  static constexpr int kAttendRegisters = 192;
-  static constexpr int kMergeRegisters = kPersistent && kWarps == 8 ? 120 : 0;
+  static constexpr int kAttendRegisters = 200;
+  static constexpr int kMergeRegisters = kPersistent && kWarps == 8 ? 104 : 0;
   static constexpr int kAttendBarrier = 1, kMergeBarrier = 2;
   // Pairs of chunks that a block could read in the time in which it begins a tile: see Run.
   static constexpr int kBeginning = kOctets == 1 ? 6 : 16;
@@ -83,7 +83,7 @@ struct DecodeTraits {
   static constexpr int kRun = 4 * kOctets;
   // Parts that are read at once to be merged, as many as fit in registers: on 132 multiprocessors 8
   // heads have up to 18.
-  static constexpr int kPartsAtOnce = kOctets == 1 ? 20 : kPersistent ? 8 : 16;
+  static constexpr int kPartsAtOnce = kPersistent ? 8 / kOctets : kOctets == 1 ? 20 : 16;
   // Stages of all warps, and one more of the last.
   static constexpr int kAllStages = kWarps * kStages + 1;
   struct Shared {

@@ -6,12 +6,13 @@
 #include "decode/tile.cuh"
 #include "sm90/decode/lengths.cuh"
 #include "sm90/decode/stream.cuh"
+#include "sm90/decode/task.cuh"
 
 namespace longgen::sm90 {
 
-// The row of all tiles, the block's run of it, and the tile that comes next in that. Each lane
-// knows a sequence. All its tiles take up as many places as that of the first KV head has pairs:
-// others may have a few more or less, if their strided blocks lie elsewhere.
+// The row of all tiles, the block's run of it, and the tile that comes next in that; then its whole
+// tiles. Each lane knows a sequence. All its tiles take up as many places as that of the first KV
+// head has pairs: others may have a few more or less, if their strided blocks lie elsewhere.
 template <typename Traits>
 class Work {
   static constexpr unsigned kAll = 0xffffffff;
@@ -28,7 +29,17 @@ class Work {
         end_(old_ + decode::tokens_of_said(params.new_tokens, lengths.said)),
         lane_places_(places_of(params, old_, end_)),
         upto_(sum_upto(tiles_ * lane_places_)),
-        run_(__shfl_sync(kAll, upto_, 31), gridDim.x, blockIdx.x) {
+        whole_(0) {
+    const int all = params.cache.batch * tiles_;
+    const int places = __shfl_sync(kAll, lane_places_, 0);
+    int shared_places = __shfl_sync(kAll, upto_, 31);
+    const bool is_there = threadIdx.x % 32 < params.cache.batch;
+    if (__all_sync(kAll, !is_there || lane_places_ == places) && all >= int(gridDim.x)) {
+      const WholeTiles tiles = WholeTiles::of(all, gridDim.x);
+      shared_places = tiles.shared * places;
+      whole_ = all - tiles.first(blockIdx.x);
+    }
+    run_ = Run<Traits::kBeginning>(shared_places, gridDim.x, blockIdx.x);
     if (run_.empty()) return;
     sequence_ = __ffs(__ballot_sync(kAll, upto_ > run_.next())) - 1;
     places_ = __shfl_sync(kAll, lane_places_, sequence_);
@@ -38,24 +49,31 @@ class Work {
     run_.go_on(start_, start_ + places_);
   }
 
-  __device__ __forceinline__ bool empty() const { return run_.empty(); }
-
-  // That of the next task.
-  __device__ __forceinline__ decode::Tile tile(const DecodeParams& params) const {
-    return decode::tile_of<Traits::kRows>(params, sequence_, number_);
-  }
+  __device__ __forceinline__ bool empty() const { return run_.empty() && whole_ <= 0; }
 
   // The next task; `slots` become those of its tile.
   __device__ __forceinline__ Task take(const DecodeParams& params, CacheSlots& slots) {
-    const decode::Tile tile = this->tile(params);
+    const bool is_whole = run_.empty();
+    if (is_whole) {
+      const int tile = params.cache.batch * tiles_ - whole_;
+      sequence_ = unsigned(tile) / unsigned(tiles_);
+      number_ = tile - sequence_ * tiles_;
+    }
+    const decode::Tile tile = decode::tile_of<Traits::kRows>(params, sequence_, number_);
     const int old = __shfl_sync(kAll, old_, sequence_), end = __shfl_sync(kAll, end_, sequence_);
     const int p0 = old + params.q_offset;
     slots.visit(tile.kv_head, p0 + tile.token(params, 0), p0 + tile.token(params, tile.rows - 1),
                 end, old);
-    const Piece piece = run_.piece(start_, start_ + places_, BulkStream<Traits>::pairs_of(slots));
+    const int pairs = BulkStream<Traits>::pairs_of(slots);
+    const Piece piece = is_whole ? Piece{{0, pairs}, int(blockIdx.x), 0, 1}
+                                 : run_.piece(start_, start_ + places_, pairs);
     const Task task{tile, piece, old, end, turn_};
     turn_ = (turn_ + piece.pairs.last - piece.pairs.first) % Traits::kWarps;
-    go_on();
+    if (is_whole) {
+      whole_ -= gridDim.x;
+    } else {
+      go_on();
+    }
     return task;
   }
 
@@ -89,8 +107,10 @@ class Work {
   int tiles_;  // of a sequence
   // Of the lane's sequence: tokens, places of a tile, places of all tiles up to its last.
   int old_, end_, lane_places_, upto_;
+  int whole_;  // tiles from the block's next whole one on
   Run<Traits::kBeginning> run_;
-  // The next tile: of which sequence, which of its tiles, its first place, and how many it has.
+  // The run's next tile: of which sequence, which of its tiles, its first place, and how many it
+  // has.
   int sequence_ = 0, number_ = 0, start_ = 0, places_ = 0;
   int turn_ = 0;  // the warp that continues where the others end
 };
