@@ -26,15 +26,14 @@ extern "C" int check_runs(int tiles, const int* pairs, const int* places, int bl
       run.go_on(start[t], start[t + 1]);
     }
     while (!run.empty()) {
-      const Piece piece = run.piece(start[t], start[t + 1], pairs[t]);
+      const Piece piece = run.piece(block, start[t], start[t + 1], pairs[t]);
       if (piece.pairs.first < 0 || piece.pairs.last > pairs[t]) return 1;
       for (int pair = piece.pairs.first; pair < piece.pairs.last; ++pair) ++reads[t][pair];
-      if (piece.first_block + piece.part != block) return 2;
       if (parts[t] < 0) parts[t] = piece.parts;
       if (parts[t] != piece.parts) return 3;
       writers[t].push_back(piece.part);
       if (piece.parts > 1) {
-        const int place = place_of_part(piece.first_block, piece.part);
+        const int place = piece.place_of(piece.part);
         if (place < 0 || place >= 2 * blocks || ++written[place] > 1) return 4;
       }
       ++t;
@@ -51,15 +50,56 @@ extern "C" int check_runs(int tiles, const int* pairs, const int* places, int bl
   return 0;
 }
 
-// How often the blocks have each of equal tiles as a whole, and the first shared ones as a run.
-extern "C" void equal_tiles(int tiles, int blocks, int* times) {
+// The same of equal tiles. Tile t has pairs[t] pairs, where the first one's were expected.
+extern "C" int check_equal_tiles(int tiles, const int* pairs, int blocks, int* longest) {
+  const EqualTiles equal = EqualTiles::of(tiles, pairs[0], blocks);
+  const int places = (equal.begun > 0 ? equal.begun : pairs[0]) + kBeginning;
+  std::vector<std::vector<int>> reads(tiles);
+  std::vector<int> parts(tiles, -1), ended(tiles), written(2 * blocks);
+  std::vector<std::vector<int>> seen(tiles);
+  *longest = 0;
+  for (int t = 0; t < tiles; ++t) reads[t].resize(pairs[t]);
   for (int block = 0; block < blocks; ++block) {
-    const WholeTiles whole = WholeTiles::of(tiles, blocks);
-    for (int t = whole.first(block); t < tiles; t += blocks) ++times[t];
-    if (block == 0) {
-      for (int t = 0; t < whole.shared; ++t) ++times[t];
+    int read = 0;
+    const auto note = [&](int t, const Piece& piece) {
+      if (piece.pairs.first < 0 || piece.pairs.last > pairs[t]) return 1;
+      for (int pair = piece.pairs.first; pair < piece.pairs.last; ++pair) ++reads[t][pair];
+      read += piece.pairs.last - piece.pairs.first;
+      if (parts[t] < 0) parts[t] = piece.parts, seen[t].resize(piece.parts);
+      if (parts[t] != piece.parts) return 3;
+      if (piece.part < 0 || piece.part >= piece.parts || ++seen[t][piece.part] > 1) return 2;
+      if (piece.parts > 1) {
+        const int place = piece.place_of(piece.part);
+        if (place < 0 || place >= 2 * blocks || ++written[place] > 1) return 4;
+      }
+      ++ended[t];
+      return 0;
+    };
+    Run<kBeginning> run(equal.shared * places, equal.sharers, block);
+    int t = run.empty() ? 0 : run.next() / places;
+    if (!run.empty()) run.go_on(t * places, (t + 1) * places);
+    for (; !run.empty(); run.go_on(t * places, (t + 1) * places)) {
+      const Piece of_run =
+          run.piece(block, t * places, (t + 1) * places, equal.shared_of(pairs[t]));
+      const int error = note(t, equal.shared_piece(of_run, t, tiles));
+      if (error != 0) return error;
+      ++t;
     }
+    for (int left = equal.from_own(block, tiles); left > 0; left -= blocks) {
+      t = tiles - left;
+      const Piece of_run =
+          run.piece(block, t * places, (t + 1) * places, equal.shared_of(pairs[t]));
+      const int error = note(t, equal.own_piece(of_run, t, tiles, pairs[t]));
+      if (error != 0) return error;
+    }
+    *longest = read > *longest ? read : *longest;
   }
+  for (int t = 0; t < tiles; ++t) {
+    for (const int times : reads[t])
+      if (times != 1) return 5;
+    if (ended[t] != parts[t]) return 6;
+  }
+  return 0;
 }
 
 // How many places the longest and the shortest run have.

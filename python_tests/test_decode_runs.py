@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 from host_library import NVCC, address, compile_for_host
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc, which compiles csrc for the CPU")
@@ -45,13 +45,20 @@ def test_sequences_of_any_length(
     assert wrong(library, pairs, places, blocks) == 0
 
 
-@given(blocks=st.integers(1, 140), rounds=st.integers(1, 9), more=st.integers(0, 139))
-def test_whole_tiles(blocks: int, rounds: int, more: int, library: ctypes.CDLL) -> None:
-    """Each block has as many as any other, and fewer tiles are shared than there are blocks."""
-    tiles = rounds * blocks + more % blocks
-    times = np.zeros(tiles, dtype=np.int32)
-    library.equal_tiles(tiles, blocks, address(times))
-    assert (times == 1).all()
+@given(
+    tiles=st.integers(1, 500),
+    pairs=st.integers(0, 300) | st.integers(0, 5000),
+    more=st.lists(st.integers(-3, 3), min_size=1, max_size=5),
+    blocks=st.integers(1, 140),
+)
+@example(tiles=96, pairs=128, more=[0], blocks=132)
+@example(tiles=136, pairs=64, more=[0], blocks=132)
+@example(tiles=28, pairs=288, more=[0], blocks=132)
+def test_equal_tiles(tiles: int, pairs: int, more: list[int], blocks: int, library: ctypes.CDLL) -> None:
+    """No block has much more to read than on average, and each pair is read once."""
+    array = np.array([max(pairs + (more[t % len(more)] if t > 0 else 0), 0) for t in range(tiles)], dtype=np.int32)
+    longest = ctypes.c_int()
+    assert library.check_equal_tiles(tiles, address(array), blocks, ctypes.byref(longest)) == 0
 
 
 @pytest.mark.parametrize(("places", "blocks"), [(1, 1), (7, 132), (132, 132), (33024, 132), (32904, 132), (1001, 108)])

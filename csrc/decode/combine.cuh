@@ -9,17 +9,27 @@
 
 namespace longgen::decode {
 
-// Neighbouring elements of a row's output, not divided by the sum of its weights, which are
-// relative to 2^offset: -inf where the row saw nothing.
-template <int kElements>
-struct alignas(kElements < 4 ? 4 * kElements : 16) Elements {
-  float at[kElements];
+// Neighbouring elements of a row, which are read and written at once.
+template <int kSize>
+struct alignas(4 * kSize) Neighbours {
+  float at[kSize];
 };
-template <int kElements_>
+// Elements of a row's output that a thread has, not divided by the sum of the row's weights, which
+// are relative to 2^offset: -inf where the row saw nothing. They are groups of up to four
+// neighbours, kApart from each other: so what the threads of a warp read at once are neighbours
+// too.
+template <int kHeadDim, int kElements_>
 struct Part {
   static constexpr int kElements = kElements_;
+  static constexpr int kSize = kElements < 4 ? kElements : 4;  // of a group
+  static constexpr int kGroups = kElements / kSize;
+  static constexpr int kApart = kHeadDim / kGroups;
+
   float offset = -INFINITY, sum = 0.f;
-  Elements<kElements_> out{};
+  Neighbours<kSize> groups[kGroups] = {};
+
+  __device__ __forceinline__ float& out(int i) { return groups[i / kSize].at[i % kSize]; }
+  __device__ __forceinline__ float out(int i) const { return groups[i / kSize].at[i % kSize]; }
 };
 
 // Reads the parts, kAtOnce of them without waiting for each other, and adds them up.
@@ -42,40 +52,43 @@ __device__ __forceinline__ auto merge(int parts, Read read) {
     const float rescale = fast_exp2(before - offset);
     all.sum *= rescale;
 #pragma unroll
-    for (float& x : all.out.at) x *= rescale;
+    for (int i = 0; i < Part::kElements; ++i) all.out(i) *= rescale;
 #pragma unroll
     for (int p = 0; p < kAtOnce; ++p) {
       const float weight = fast_exp2(next[p].offset - offset);
       all.sum += weight * next[p].sum;
 #pragma unroll
-      for (int i = 0; i < Part::kElements; ++i) all.out.at[i] += weight * next[p].out.at[i];
+      for (int i = 0; i < Part::kElements; ++i) all.out(i) += weight * next[p].out(i);
     }
   }
   return all;
 }
 
-// Calls f(row, column) for runs of kElements elements: each of a team's threads has some.
-template <int kHeadDim, int kElements, typename Team, typename F>
-__device__ __forceinline__ void for_runs(const Tile& tile, Team team, F f) {
-  constexpr int kRuns = kHeadDim / kElements;  // of a row
+// Calls f(row, column) for each Part of a tile, whose first element is there: each of a team's
+// threads has some.
+template <typename Part, typename Team, typename F>
+__device__ __forceinline__ void for_parts(const Tile& tile, Team team, F f) {
+  constexpr int kOfRow = Part::kApart / Part::kSize;
 #pragma unroll 1
-  for (int i = team.index(); i < tile.rows * kRuns; i += team.size())
-    f(i / kRuns, i % kRuns * kElements);
+  for (int i = team.index(); i < tile.rows * kOfRow; i += team.size())
+    f(i / kOfRow, i % kOfRow * Part::kSize);
 }
 
 // A warp's find as a part.
-template <int kElements, typename Found>
-__device__ __forceinline__ Part<kElements> part_of(const Found& found, int row, int column,
-                                                   float scale) {
-  const float* const out = found.out + row * Found::kStride + column;
-  return {found.maximum[row] * scale, found.sum[row],
-          *reinterpret_cast<const Elements<kElements>*>(out)};
+template <typename Part, typename Found>
+__device__ __forceinline__ Part part_of(const Found& found, int row, int column, float scale) {
+  Part part{found.maximum[row] * scale, found.sum[row]};
+#pragma unroll
+  for (int i = 0; i < Part::kGroups; ++i)
+    part.groups[i] = *reinterpret_cast<const Neighbours<Part::kSize>*>(
+        found.out + row * Found::kStride + column + i * Part::kApart);
+  return part;
 }
 
 // Stores a row's output, times `factor`, and LSE; 0 and -inf where it saw nothing.
-template <typename T, int kElements>
+template <typename T, typename Part>
 __device__ __forceinline__ void store_result(const DecodeParams& params, const Tile& tile, int row,
-                                             int column, const Part<kElements>& all, float factor) {
+                                             int column, const Part& all, float factor) {
   constexpr float kLn2 = 0.6931471805599453f;
   const int token = tile.token(params, row), head = tile.head(params, row);
   const float share = all.sum != 0.f ? 1.f / all.sum * factor : 0.f;
@@ -83,26 +96,28 @@ __device__ __forceinline__ void store_result(const DecodeParams& params, const T
                  ((int64_t(tile.sequence) * params.n + token) * params.q_heads + head) *
                      params.cache.head_dim +
                  column;
-  static_assert(kElements <= 8, "more than 16 bytes are not aligned");
-  struct alignas(2 * kElements) {
-    uint32_t pairs[kElements / 2];
-  } rounded;
 #pragma unroll
-  for (int i = 0; i < kElements; i += 2)
-    rounded.pairs[i / 2] = pack<T>(all.out.at[i] * share, all.out.at[i + 1] * share);
-  *reinterpret_cast<decltype(rounded)*>(out) = rounded;
+  for (int i = 0; i < Part::kGroups; ++i) {
+    const auto& x = all.groups[i].at;
+    struct alignas(2 * Part::kSize) {
+      uint32_t pairs[Part::kSize / 2];
+    } rounded;
+#pragma unroll
+    for (int e = 0; e < Part::kSize; e += 2)
+      rounded.pairs[e / 2] = pack<T>(x[e] * share, x[e + 1] * share);
+    *reinterpret_cast<decltype(rounded)*>(out + i * Part::kApart) = rounded;
+  }
   if (column == 0)
     params.lse[(int64_t(tile.sequence) * params.q_heads + head) * params.n + token] =
         all.sum != 0.f ? (all.offset + log2f(all.sum)) * kLn2 : -INFINITY;
 }
 
-// The parts of splits on their way through global memory, where the threads of a block have runs of
-// kRun elements. Other blocks write them in the same launch, so they are read past the level-1
-// cache.
+// The parts of splits on their way through global memory. Other blocks write them in the same
+// launch, so they are read past the level-1 cache.
 template <typename Traits>
 class GlobalParts {
  public:
-  using Part = decode::Part<Traits::kRun>;
+  using Part = decode::Part<Traits::kHeadDim, Traits::kRun>;
 
   __device__ explicit GlobalParts(const DecodeParams& params)
       : out_(params.part_out), weights_(reinterpret_cast<float2*>(params.part_weights)) {}
@@ -110,7 +125,10 @@ class GlobalParts {
   __device__ __forceinline__ void store(int64_t place, int row, int column,
                                         const Part& part) const {
     const int64_t i = place * Traits::kRows + row;
-    *reinterpret_cast<decltype(part.out)*>(out_ + i * Traits::kHeadDim + column) = part.out;
+#pragma unroll
+    for (int j = 0; j < Part::kGroups; ++j)
+      *reinterpret_cast<Neighbours<Part::kSize>*>(out_ + i * Traits::kHeadDim + column +
+                                                  j * Part::kApart) = part.groups[j];
     if (column == 0) weights_[i] = {part.offset, part.sum};
   }
 
@@ -119,9 +137,9 @@ class GlobalParts {
     const float2 weights = __ldcg(weights_ + i);
     Part part{weights.x, weights.y};
 #pragma unroll
-    for (int e = 0; e < Part::kElements; e += 4)
-      *reinterpret_cast<float4*>(part.out.at + e) =
-          __ldcg(reinterpret_cast<const float4*>(out_ + i * Traits::kHeadDim + column + e));
+    for (int j = 0; j < Part::kGroups; ++j)
+      *reinterpret_cast<float4*>(part.groups + j) = __ldcg(
+          reinterpret_cast<const float4*>(out_ + i * Traits::kHeadDim + column + j * Part::kApart));
     return part;
   }
 
@@ -158,7 +176,7 @@ class SharedTile {
   template <typename Team, typename OfWarp>
   __device__ __forceinline__ void merge_warps(Team team, const Factors& factors,
                                               OfWarp found) const {
-    for_runs(team, [&](int row, int column) {
+    for_parts(team, [&](int row, int column) {
       const Part part = of_warps(row, column, factors, found);
       if (count_ == 1) {
         store_result<T>(params_, tile_, row, column, part, factors.out);
@@ -196,7 +214,7 @@ class SharedTile {
   template <typename Team, typename Own>
   __device__ __forceinline__ void merge_parts(Team team, const Factors& factors, Own own,
                                               bool keeps) const {
-    for_runs(team, [&](int row, int column) {
+    for_parts(team, [&](int row, int column) {
       Part part;
       if (keeps) part = own(row, column);
       const auto read = [&](int p) {
@@ -211,15 +229,15 @@ class SharedTile {
   }
 
   template <typename Team, typename F>
-  __device__ __forceinline__ void for_runs(Team team, F f) const {
-    decode::for_runs<Traits::kHeadDim, Part::kElements>(tile_, team, f);
+  __device__ __forceinline__ void for_parts(Team team, F f) const {
+    decode::for_parts<Part>(tile_, team, f);
   }
 
   template <typename OfWarp>
   __device__ __forceinline__ Part of_warps(int row, int column, const Factors& factors,
                                            OfWarp found) const {
     return merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
-      return part_of<Part::kElements>(found(w), row, column, factors.scores(params_));
+      return part_of<Part>(found(w), row, column, factors.scores(params_));
     });
   }
 

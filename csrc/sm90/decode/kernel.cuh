@@ -35,32 +35,31 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
                                                       const typename Traits::Factors& factors,
                                                       int split, typename Traits::Shared& shared,
                                                       OfWarp found) {
+  using Part = decode::Part<Traits::kHeadDim, 2>;
   constexpr int kPairs = Traits::kHeadDim / 2;
   const int splits = params.splits;
   const Slices slices = Slices::of(tile.rows * kPairs, splits);
   cluster_wait();
-  decode::for_runs<Traits::kHeadDim, 2>(
-      tile, decode::BlockTeam<Traits::kThreads>(), [&](int row, int column) {
-        const decode::Part<2> part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
-          return decode::part_of<2>(found(w), row, column, factors.scores(params));
-        });
-        const int i = row * kPairs + column / 2, owner = slices.owner(i);
-        store_remote(shared.part_out + slices.first(split) + i - slices.first(owner), shared.merged,
-                     owner, {part.out.at[0], part.out.at[1]});
-        if (column != 0) return;
+  decode::for_parts<Part>(tile, decode::BlockTeam<Traits::kThreads>(), [&](int row, int column) {
+    const Part part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
+      return decode::part_of<Part>(found(w), row, column, factors.scores(params));
+    });
+    const int i = row * kPairs + column / 2, owner = slices.owner(i);
+    store_remote(shared.part_out + slices.first(split) + i - slices.first(owner), shared.merged,
+                 owner, {part.out(0), part.out(1)});
+    if (column != 0) return;
 #pragma unroll 1
-        for (int rank = 0; rank < splits; ++rank)
-          store_remote(shared.part_weights[split] + row, shared.merged, rank,
-                       {part.offset, part.sum});
-      });
+    for (int rank = 0; rank < splits; ++rank)
+      store_remote(shared.part_weights[split] + row, shared.merged, rank, {part.offset, part.sum});
+  });
   shared.merged.wait(0);
 #pragma unroll 1
   for (int i = threadIdx.x; i < slices.size(split); i += Traits::kThreads) {
     const int pair = slices.first(split) + i, row = pair / kPairs, column = pair % kPairs * 2;
-    const decode::Part<2> all = decode::merge<Traits::kMaxCluster>(splits, [&](int block) {
+    const Part all = decode::merge<Traits::kMaxCluster>(splits, [&](int block) {
       const float2 weights = shared.part_weights[block][row];
       const float2 out = shared.part_out[slices.first(block) + i];
-      return decode::Part<2>{weights.x, weights.y, {out.x, out.y}};
+      return Part{weights.x, weights.y, {{out.x, out.y}}};
     });
     decode::store_result<typename Traits::T>(params, tile, row, column, all, factors.out);
   }
@@ -112,11 +111,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       inputs.load(shared.inputs[0]);
     }
     first = false;
-    stream.start();
-    if (now != lengths) stream.drop();
+    stream.start_keys();
+    if (now != lengths) {
+      stream.start_values();
+      stream.drop();
+    }
   } while (now != lengths);
   const typename Traits::Factors factors(params, tile.kv_head);
   wait_for_copies();
+  stream.start_values();
   __syncthreads();
   // Every thread has read the length. The last block of the sequence to come here adds the new
   // tokens to it, in the end: meanwhile the answer is on its way.
@@ -126,7 +129,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   stream.append(lengths.old, lengths.end(params.new_tokens));
   const int old = decode::uniform(lengths.old);
   WarpRows<Traits> rows(params, tile, factors, old + params.q_offset);
-  stream.run(old, rows, [] { return false; });
+  stream.run(old, rows, [](int) {});
   const auto found = [&](int w) -> typename Traits::Found& {
     return *reinterpret_cast<typename Traits::Found*>(shared.ring[w * Traits::kStages]);
   };

@@ -16,8 +16,7 @@ namespace longgen::sm90 {
 // Where the blocks that share a task's tile meet.
 template <typename Traits>
 __device__ __forceinline__ auto shared_tile(const DecodeParams& params, const Task& task) {
-  const int first_block = task.piece.first_block;
-  const auto place_of = [first_block](int p) { return place_of_part(first_block, p); };
+  const auto place_of = [&piece = task.piece](int p) { return piece.place_of(p); };
   return decode::SharedTile<Traits, decltype(place_of)>(params, task.tile, task.piece.part,
                                                         task.piece.parts, place_of);
 }
@@ -25,64 +24,80 @@ __device__ __forceinline__ auto shared_tile(const DecodeParams& params, const Ta
 // What the merging warps do. What the last piece gives is left to the others, who have nothing else
 // to do then.
 template <typename Traits>
-__device__ __forceinline__ void merge_pieces(const DecodeParams& params, LatestLengths& lengths,
+__device__ __forceinline__ void merge_pieces(const DecodeParams& params,
                                              typename Traits::Shared& shared) {
   constexpr decode::NamedTeam<Traits::kMergeBarrier, 32 * Traits::kMergers, Traits::kAttendThreads>
       kTeam;
   const int warp = decode::uniform(kTeam.index() / 32);
   const auto found = [&](int w) -> typename Traits::Found& { return shared.found[w]; };
-  const auto ticket = [&](const Task& task) { return decode::ticket_of(params, task.tile); };
+  const auto task = [&](int i) -> Task& { return shared.merged_tasks[warp][i % 3]; };
+  const auto ticket = [&](int i) { return decode::ticket_of(params, task(i).tile); };
+  const auto factors = [&](int i) {
+    return typename Traits::Factors(params, task(i).tile.kv_head);
+  };
   CacheSlots slots(params.cache);
-  lengths.wait();
-  Work<Traits> work(params, lengths.get());
+  wait_for_previous_kernels();
+  Work<Traits> work(params);
+  // Takes the next task, number i, and asks for its queries, but the first one's.
+  const auto take = [&](int i) {
+    const Task next = work.take(params, slots);
+    if (threadIdx.x % 32 == 0) task(i) = next;
+    __syncwarp();
+    if (i > 0) Inputs<Traits, Traits::kMergers>(params, next.tile, warp).load(shared.inputs[i % 2]);
+  };
+  const auto let_start = [&](int i) {
+    wait_for_copies();
+    shared.meeting.let_start(i);
+  };
   if (work.empty()) return;
-  Task task = work.take(params, slots);
   int i = 0;
 #pragma unroll 1
-  for (; !work.empty(); ++i) {
-    const Task next = work.take(params, slots);
-    const Inputs<Traits, Traits::kMergers> inputs(params, next.tile, warp);
-    inputs.load(shared.inputs[(i + 1) % 2]);
-    wait_for_copies();
-    shared.meeting.let_start(i + 1);
+  for (; i < 2 && !work.empty(); ++i) take(i);
+  bool more = i == 2;
+  if (more) let_start(1);
+#pragma unroll 1
+  for (i = 0; more; ++i) {
     shared.meeting.wait_for_ends(i);
-    const typename Traits::Factors factors(params, task.tile.kv_head);
-    const auto tile = shared_tile<Traits>(params, task);
-    tile.merge_warps(kTeam, factors, found);
+    shared_tile<Traits>(params, task(i)).merge_warps(kTeam, factors(i), found);
     shared.meeting.let_store();
-    if (task.piece.parts > 1 && decode::is_last(kTeam, ticket(task), task.piece.parts))
-      tile.merge_parts(kTeam, factors);
-    task = next;
+    more = !work.empty();
+    if (more) take(i + 2);
+    if (task(i).piece.parts > 1 && decode::is_last(kTeam, ticket(i), task(i).piece.parts))
+      shared_tile<Traits>(params, task(i)).merge_parts(kTeam, factors(i));
+    if (more) let_start(i + 2);
   }
+  const int others = task(i).piece.parts - 1;
+  if (others == 0) return;
   // Watches whether the blocks that share the last tile end before this one.
-  if (task.piece.parts == 1 || warp > 0) return;
+  if (warp > 0) return;
 #pragma unroll 1
   while (!shared.meeting.have_all_ended(i)) {
-    if (decode::tickets_taken(ticket(task)) == task.piece.parts - 1)
-      return shared.meeting.say_others_ended();
+    if (decode::tickets_taken(ticket(i)) == others) return shared.meeting.say_others_ended();
   }
 }
 
 // What the other warps do.
 template <typename Traits>
 __device__ __forceinline__ void attend_to_pieces(const DecodeParams& params, const CacheMaps& maps,
-                                                 LatestLengths& lengths,
                                                  typename Traits::Shared& shared) {
   using Block = decode::NamedTeam<Traits::kAttendBarrier, Traits::kAttendThreads>;
   const int warp = decode::uniform(threadIdx.x / 32);
   const auto found = [&](int w) -> typename Traits::Found& { return shared.found[w]; };
   CacheSlots slots(params.cache);
-  Task task{}, next{};
+  Task task{};
   BulkStream<Traits> stream(params, maps, slots, task.tile, shared);
   Work<Traits> work;
-  bool more;
+  bool more, is_final;
   // Of no task, then one task after another: what is done before the first is done here for all, so
   // that its instructions need not be brought again while memory is busy.
   int i = -1;
 #pragma unroll 1
   for (;; ++i) {
     if (i < 0) {
-      work = Work<Traits>(params, lengths.get());
+      // The lengths before the kernels ahead have ended are most often those after; not so with
+      // pages, which they may move without a trace.
+      if (params.cache.block_table != nullptr) wait_for_previous_kernels();
+      work = Work<Traits>(params);
     } else {
       shared.meeting.wait_for_start(i);
       stream.begin_task(i);
@@ -90,40 +105,53 @@ __device__ __forceinline__ void attend_to_pieces(const DecodeParams& params, con
     }
     const typename Traits::Factors factors(params, task.tile.kv_head);
     WarpRows<Traits> rows(params, task.tile, factors, task.old + params.q_offset);
-    stream.run(task.old, rows, [&] {
+    stream.run(task.old, rows, [&](int busy) {
       more = !work.empty();
+      Task next{};
       if (more) {
         next = work.take(params, slots);
         stream.prepare(next.tile, next.piece.pairs, next.old < next.end, next.turn);
+        if (threadIdx.x % 32 == 0) shared.last_tasks[warp] = next;
+        __syncwarp();
       }
+      Lengths now;
       if (i < 0) {
         const Inputs<Traits, Traits::kWarps> inputs(params, next.tile, warp);
-        lengths.wait();
+        wait_for_previous_kernels();
+        now = work.lengths(params);
         if (more) inputs.load(shared.inputs[0]);
       }
-      return more;
+      if (more) stream.start_keys(busy);
+      if (i < 0) {
+        is_final = work.are_same(params, now);
+        if (more && is_final) {
+          wait_for_copies();
+          shared.meeting.let_start_first();
+        }
+      }
+      if (more) stream.start_values(busy);
     });
     if (i >= 0) {
       shared.meeting.wait_to_store(i);
       rows.store(found(warp));
       shared.meeting.end();
-    } else if (lengths.have_changed()) {
+    } else if (!is_final) {
       if (more) stream.drop();
       --i;
       continue;
-    } else if (more) {
-      wait_for_copies();
-      shared.meeting.let_start_first();
+    } else if (!more) {
+      return;
     }
     if (!more) break;
-    task = next;
+    task = shared.last_tasks[warp];
   }
-  if (i < 0) return;
+  const Task& last = shared.last_tasks[warp];
+  const typename Traits::Factors factors(params, last.tile.kv_head);
+  const auto tile = shared_tile<Traits>(params, last);
   // Whether the other blocks of the tile have ended, as the merging warp has seen by now: then this
   // one need not write what it has found for another to read.
   const bool is_last = Block::any(threadIdx.x == 0 && shared.meeting.have_others_ended());
-  const typename Traits::Factors factors(params, task.tile.kv_head);
-  shared_tile<Traits>(params, task).merge_block(Block(), is_last, factors, found);
+  tile.merge_block(Block(), is_last, factors, found);
 }
 
 template <typename Traits>
@@ -138,13 +166,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   if (warp == Traits::kWarps) shared.meeting.set_up();
   __syncthreads();
   let_next_kernel_start();
-  LatestLengths lengths(params);
   if (warp >= Traits::kWarps) {
     if constexpr (Traits::kMergeRegisters > 0) give_registers<Traits::kMergeRegisters>();
-    merge_pieces<Traits>(params, lengths, shared);
+    merge_pieces<Traits>(params, shared);
   } else {
     if constexpr (Traits::kMergeRegisters > 0) take_registers<Traits::kAttendRegisters>();
-    attend_to_pieces<Traits>(params, maps, lengths, shared);
+    attend_to_pieces<Traits>(params, maps, shared);
   }
   if (!params.new_tokens.advance) return;
   // No warp of this block will read the lengths any more. The last block to come here adds the new

@@ -3,9 +3,12 @@
 //
 // All tiles stand in a row, in which a tile takes up a place for each pair of its chunks, and some
 // before them. The blocks share out the places: each has a run of them, of the end of one tile,
-// whole tiles, and the beginning of another, or of a part of one. But of as many equal tiles as
-// there are blocks, or more, each has whole ones at the end, so that none has to wait for another
-// there, and they share out the first ones, what is left over.
+// whole tiles, and the beginning of another, or of a part of one.
+//
+// Equal tiles have owners, so that few blocks wait for others at the end of a launch. Of as many
+// tiles as there are blocks, or more, each block owns whole ones, and before those attends to its
+// run of the first tiles, what is left over. Of fewer, but more than half as many, blocks own one
+// each but for its first pairs, and the other blocks share out those.
 #pragma once
 
 #include "decode/shares.cuh"
@@ -15,25 +18,12 @@ namespace longgen::sm90 {
 // A block's part of a tile.
 struct Piece {
   decode::Share pairs;
-  int first_block;  // of those that have a part of the tile
-  int part, parts;  // which of them this is, and how many there are
-};
+  int part, parts;          // of the blocks that share the tile, which this is, and how many
+  int first, second, step;  // where their parts lie
 
-// Where the part of a tile lies that its p-th block has found. A block has at most two parts of
-// tiles that it shares: of the first tile of its run, and of the last.
-__host__ __device__ __forceinline__ int place_of_part(int first_block, int p) {
-  return p == 0 ? 2 * first_block + 1 : 2 * (first_block + p);
-}
-
-// The whole tiles that a block has of equal ones.
-struct WholeTiles {
-  int shared;  // tiles before those, of which blocks have runs
-
-  static __host__ __device__ __forceinline__ WholeTiles of(int tiles, int blocks) {
-    return {tiles - int(unsigned(tiles) / unsigned(blocks)) * blocks};
+  __host__ __device__ __forceinline__ int place_of(int p) const {
+    return p == 0 ? first : second + (p - 1) * step;
   }
-  // A block's; each next one is as many further as there are blocks.
-  __host__ __device__ __forceinline__ int first(int block) const { return shared + block; }
 };
 
 // There are kBeginning places before a tile's pairs: a block begins one in about the time that it
@@ -44,10 +34,10 @@ class Run {
 
  public:
   Run() = default;
+  // That of this block, if there are so many.
   __host__ __device__ Run(int places, int blocks, int block)
       : shares_(decode::Shares::of(places, blocks)),
-        left_(shares_.of_block(block)),
-        block_(block) {}
+        left_(block < blocks ? shares_.of_block(block) : decode::Share{places, places}) {}
 
   __host__ __device__ __forceinline__ bool empty() const { return left_.first >= left_.last; }
   // The first place that is left.
@@ -60,15 +50,18 @@ class Run {
     if (left_.last <= first_pair(start, end)) left_.last = left_.first;
   }
 
-  // The block's part of that tile, which has `pairs` pairs: if there are more than places, its last
-  // block has them too.
-  __host__ __device__ __forceinline__ Piece piece(int start, int end, int pairs) const {
+  // This block's part of that tile, which has `pairs` pairs: if there are more than places, its
+  // last block has them too. A block has at most two parts of tiles that it shares: of the first
+  // tile of its run, and of the last.
+  __host__ __device__ __forceinline__ Piece piece(int block, int start, int end, int pairs) const {
     const int zero = start + kBeginning, first_block = shares_.block_of(first_pair(start, end));
     const int first = max(left_.first - zero, 0), last = max(left_.last - zero, 0);
     return {{min(first, pairs), left_.last >= end ? pairs : min(last, pairs)},
-            first_block,
-            block_ - first_block,
-            shares_.block_of(end - 1) - first_block + 1};
+            block - first_block,
+            shares_.block_of(end - 1) - first_block + 1,
+            2 * first_block + 1,
+            2 * first_block + 2,
+            2};
   }
 
  private:
@@ -79,7 +72,68 @@ class Run {
 
   decode::Shares shares_;
   decode::Share left_;
-  int block_;
+};
+
+// How blocks share out equal tiles. Sharers are the first blocks, owners the last: so few are left
+// without a tile, or with little, on the multiprocessors that the kernel ahead frees first.
+struct EqualTiles {
+  int shared;       // of the first so many tiles,
+  int begun;        // the first so many pairs, or 0: all,
+  int sharers;      // are shared out among so many blocks
+  int first_owned;  // the tile that the first owner has; each next block has the next
+  int first_owner;
+
+  static __host__ __device__ __forceinline__ EqualTiles of(int tiles, int pairs, int blocks) {
+    if (tiles >= blocks) {
+      const int shared = tiles - int(unsigned(tiles) / unsigned(blocks)) * blocks;
+      const int most_sharers = shared * max(kMostParts, pairs / 4);
+      return {shared, 0, max(1, min(blocks, most_sharers)), shared, 0};
+    }
+    if (2 * tiles < blocks) return {tiles, 0, blocks, tiles, 0};
+    const int sharers = blocks - tiles;
+    const int begun =
+        int((float(pairs - kLead) * float(sharers) - float(kPieceCost * tiles)) / float(blocks));
+    if (begun <= 0 || kLeastPiece * tiles > sharers * (pairs - begun))
+      return {0, 0, 1, 0, sharers};  // they would be late: every owner has all of its tile
+    return {tiles, begun, sharers, 0, sharers};
+  }
+
+  // How many tiles there are from the first one on that the block owns. Each next one of its own is
+  // as many further as there are blocks.
+  __host__ __device__ __forceinline__ int from_own(int block, int tiles) const {
+    return block < first_owner ? 0 : tiles - (first_owned + block - first_owner);
+  }
+
+  // How many of a tile's pairs are shared out.
+  __host__ __device__ __forceinline__ int shared_of(int pairs) const {
+    return begun > 0 ? min(begun, pairs) : pairs;
+  }
+  // A block's piece of a tile that may have an owner, where `piece` is that of its run.
+  __host__ __device__ __forceinline__ Piece shared_piece(const Piece& piece, int tile,
+                                                         int tiles) const {
+    if (begun == 0) return piece;
+    // Tile and block together are a number that no other piece has.
+    const int first_block = piece.second / 2 - 1;
+    return {piece.pairs, piece.part + 1, piece.parts + 1, tile, tiles + tile + first_block, 1};
+  }
+  // Its owner's, where `piece` says how sharers' runs lie.
+  __host__ __device__ __forceinline__ Piece own_piece(const Piece& piece, int tile, int tiles,
+                                                      int pairs) const {
+    if (begun == 0) return {{0, pairs}, 0, 1};
+    Piece own = shared_piece(piece, tile, tiles);
+    own.pairs = {min(begun, pairs), pairs};
+    own.part = 0;
+    return own;
+  }
+
+ private:
+  // Owners end so many pairs later than sharers, so that they find their parts.
+  static constexpr int kLead = 2;
+  // A piece takes a sharer as long as so many pairs more would, and at least as long as so many do.
+  static constexpr int kPieceCost = 3, kLeastPiece = 16;
+  // Of tiles that are shared out as a whole, if they are short: merging more would take longer than
+  // the whole tiles behind them.
+  static constexpr int kMostParts = 16;
 };
 
 }  // namespace longgen::sm90

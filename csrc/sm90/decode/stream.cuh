@@ -92,20 +92,23 @@ class BulkStream {
 
   // Asks for the first of them, where `busy` stages of the ring have pairs of the share before.
   __device__ __forceinline__ void start(int busy = 0) {
-#pragma unroll
-    for (int i = -1; i < Traits::kStages; ++i) {
-      if (i < 0 ? !apart_ : next_ >= end_ || i + busy >= Traits::kStages) continue;
-      copy(stage_of_first(i, busy), 0);
-      copy(stage_of_first(i, busy), 1);
-      found_ += kChunks;
-      next_ += kStride;
-    }
+    start_keys(busy);
+    start_values(busy);
+  }
+  // One after the other. What comes between does not wait behind the values.
+  __device__ __forceinline__ void start_keys(int busy = 0) {
+    ask(0, busy);
     classify(first_);  // now: nothing was to come before the copies
 #pragma unroll
     for (int i = -1; i < Traits::kStages; ++i) {
       if (i < 0 ? apart_ : i + busy < Traits::kStages)
         set_whole(stage_of_first(i, busy), kChunks * (i + apart_));
     }
+  }
+  __device__ __forceinline__ void start_values(int busy = 0) {
+    const int pairs = ask(1, busy);
+    found_ += pairs * kChunks;
+    next_ += pairs * kStride;
   }
 
   // Waits for what `start` asked for, so that all can be prepared again.
@@ -143,7 +146,7 @@ class BulkStream {
   }
 
   // Attends to the chunks. In a persistent block `go_on` is called when none are left to be asked
-  // for. It may prepare another share, and returns whether it has.
+  // for. It may prepare another share, and start that where so many stages are still busy.
   template <typename GoOn>
   __device__ __forceinline__ void run(int fresh, Rows& rows, GoOn go_on) {
     const int begin = begin_, end = end_;
@@ -157,7 +160,7 @@ class BulkStream {
       if (!whole) partial = look_at(in_ring ? pair : end);
       if (!has_gone_on && in_ring && pair + kStride >= end) {
         has_gone_on = true;
-        if (go_on()) start(is_there);
+        go_on(is_there);
       }
       if (!is_there) break;
       attend(at, in_ring && next_ < end_, whole, partial, fresh, rows);
@@ -194,9 +197,23 @@ class BulkStream {
     whole_ = (whole_ & ~(1u << stage)) | (wholes_ >> bit & 1) << stage;
   }
 
-  // Copies keys (half 0) or values (half 1) of the next pair to the stage.
-  __device__ __forceinline__ void copy(int stage, int half) {
-    if (unsigned(lane_ - found_) < kChunks) {  // a lane copies the chunk that it has found
+  // Asks for keys (half 0) or values (half 1) of the first pairs; returns how many there are.
+  __device__ __forceinline__ int ask(int half, int busy) {
+    int pairs = 0;
+#pragma unroll
+    for (int i = -1; i < Traits::kStages; ++i) {
+      if (i < 0 ? !apart_ : next_ + pairs * kStride >= end_ || i + busy >= Traits::kStages)
+        continue;
+      copy(stage_of_first(i, busy), half, found_ + pairs * kChunks);
+      ++pairs;
+    }
+    return pairs;
+  }
+
+  // Copies keys (half 0) or values (half 1) of the pair that lanes have found, from `found` on, to
+  // the stage.
+  __device__ __forceinline__ void copy(int stage, int half, int found) {
+    if (unsigned(lane_ - found) < kChunks) {  // a lane copies the chunk that it has found
       Mbarrier& barrier = full(stage, half);
       if (place_.row >= 0) {
         barrier.arrive_and_expect(Traits::kChunkBytes);
@@ -211,9 +228,9 @@ class BulkStream {
       }
     }
   }
-  // The same; after the values, the pair after it is the next.
+  // The same of the next pair; after the values, the pair after it is the next.
   __device__ __forceinline__ void fetch(int stage, int half) {
-    copy(stage, half);
+    copy(stage, half, found_);
     if (half == 0) return;
     set_whole(stage, found_);
     found_ += kChunks;

@@ -8,6 +8,7 @@
 #include "decode/found.cuh"
 #include "decode/tile.cuh"
 #include "sm90/decode/meeting.cuh"
+#include "sm90/decode/task.cuh"
 
 namespace longgen::sm90 {
 
@@ -95,8 +96,12 @@ struct DecodeTraits {
     float2 part_out[kMaxCluster == 1 ? 1 : kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
-    Meeting<kWarps, kMergers> meeting;  // of a persistent block
-    Mbarrier full[kAllStages][2];       // of keys, of values
+    // Of a persistent block, with each warp's tasks, which take up no registers here: the next one
+    // or the last; of those that merge, three by number.
+    Meeting<kWarps, kMergers> meeting;
+    Task last_tasks[kPersistent ? kWarps : 1];
+    Task merged_tasks[kPersistent ? kMergers : 1][3];
+    Mbarrier full[kAllStages][2];  // of keys, of values
   };
   static constexpr int kSharedBytes = sizeof(Shared);
   static_assert(kMergers == 4, "registers are a warpgroup's");

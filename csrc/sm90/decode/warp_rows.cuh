@@ -35,15 +35,14 @@ class WarpRows {
   // p0 is the position of the first query token.
   __device__ WarpRows(const DecodeParams& params, const decode::Tile& tile, const Factors& factors,
                       int p0)
-      : tile_(tile),
+      : params_(params),
+        tile_(tile),
+        p0_(p0),
         scale_(factors.scores(params)),
         lane_(threadIdx.x % 32),
         g_(lane_ / 4),
         c_(lane_ % 4) {
-    each_query([&](int octet, int e) {
-      maximum_[octet][e] = -INFINITY;
-      p_[octet][e] = p0 + tile.token(params, min(row(octet, e), tile.rows - 1));
-    });
+    each_query([&](int octet, int e) { maximum_[octet][e] = -INFINITY; });
   }
 
   // S^T = K Q^T.
@@ -90,12 +89,16 @@ class WarpRows {
   // Of a query that does not see a key the score becomes -inf. Lane r has which positions see key
   // r: `position` to `until`.
   __device__ __forceinline__ void mask(Scores& s, int position, int until) const {
+    int p[kOctets][2];  // queries' positions
+    each_query([&](int octet, int e) {
+      p[octet][e] = p0_ + tile_.token(params_, min(row(octet, e), tile_.rows - 1));
+    });
 #pragma unroll
     for (int block = 0; block < 2 * kKeyTiles; ++block) {
       const int from = __shfl_sync(kAll, position, 8 * block + g_);
       const int last = __shfl_sync(kAll, until, 8 * block + g_);
       each_query([&](int octet, int e) {
-        const bool sees = (from <= p_[octet][e]) & (p_[octet][e] <= last);
+        const bool sees = (from <= p[octet][e]) & (p[octet][e] <= last);
         float& x = s[octet][block / 2][block % 2 * 2 + e];
         x = sees ? x : -INFINITY;
       });
@@ -129,18 +132,20 @@ class WarpRows {
     }
   }
 
-  // The output, not divided by the sum, and maximum and sum of each row.
+  // The output, not divided by the sum, and maximum and sum of each row; of rows that the tile does
+  // not have too, so that nothing branches.
   template <typename Found>
   __device__ __forceinline__ void store(Found& found) const {
+    float total[kOctets][2];
+    each_query([&](int octet, int e) { total[octet][e] = column_sum(sum_[octet][e]); });
+    if (g_ == 0) {
+      each_query([&](int octet, int e) {
+        found.maximum[row(octet, e)] = maximum_[octet][e];
+        found.sum[row(octet, e)] = total[octet][e];
+      });
+    }
     each_query([&](int octet, int e) {
-      const float total = column_sum(sum_[octet][e]);
-      const int row = this->row(octet, e);
-      if (g_ == 0) {
-        found.maximum[row] = maximum_[octet][e];
-        found.sum[row] = total;
-      }
-      if (row >= tile_.rows) return;
-      float* const out = found.out + row * Found::kStride;
+      float* const out = found.out + row(octet, e) * Found::kStride;
 #pragma unroll
       for (int t = 0; t < kOutTiles; ++t) {
         out[element(t, 0)] = out_[octet][t][e];
@@ -281,10 +286,11 @@ class WarpRows {
     return x;
   }
 
+  const DecodeParams& params_;
   const decode::Tile& tile_;
+  const int p0_;       // the first query token's position
   const float scale_;  // of scores, for weights to base 2
   const int lane_, g_, c_;
-  int p_[kOctets][2];                      // positions
   float out_[kOctets][kOutTiles][4] = {};  // as scores
   // Of the unscaled scores so far, or a little less, and what that is scaled; and of this lane's
   // keys.
