@@ -3,13 +3,13 @@
 
 namespace longgen::decode {
 
-// Of a tile's rows: outputs, not divided by the sums of their weights, which are relative to the
-// maxima of the unscaled scores.
+// Of a tile's rows: outputs, not divided by the sums of their weights, which are relative to
+// 2^offset; -inf where the row saw nothing.
 template <int kRows, int kHeadDim>
 struct Found {
   static constexpr int kStride = kHeadDim + 4;  // neighbouring rows begin in different banks
   alignas(16) float out[kRows * kStride];
-  float maximum[kRows];
+  float offset[kRows];
   float sum[kRows];
 };
 

@@ -26,7 +26,7 @@ struct DecodeTraits {
 
   using Factors = decode::Factors<T, T>;
   using Found = decode::Found<kRows, kHeadDim>;
-  static constexpr int kRun = 4;           // elements of a row that a thread merges
+  static constexpr int kEach = 4;          // elements of a row that a thread merges
   static constexpr int kPartsAtOnce = 16;  // of splits, that are read to be merged
   static constexpr int kSharedBytes = kWarps * sizeof(Found);
   static_assert(kSharedBytes <= 99 * 1024, "some GPUs give a block no more");

@@ -159,14 +159,14 @@ class WarpRows {
     if constexpr (kHalfLoad) accumulate<4>(4 * kValueLoads, weights, values(kValueLoads));
   }
 
-  // The output, not divided by the sum, and maximum and sum of each row.
+  // The output, not divided by the sum, and offset and sum of each row.
   template <typename Found>
   __device__ __forceinline__ void store(Found& found) const {
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet) {
       const float total = quad_sum(sum_[octet]);
       if (c_ == 0) {
-        found.maximum[8 * octet + g_] = maximum_[octet];
+        found.offset[8 * octet + g_] = maximum_[octet] * factors_.scores(params_);
         found.sum[8 * octet + g_] = total;
       }
 #pragma unroll

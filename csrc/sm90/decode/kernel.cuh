@@ -41,9 +41,8 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
   const Slices slices = Slices::of(tile.rows * kPairs, splits);
   cluster_wait();
   decode::for_parts<Part>(tile, decode::BlockTeam<Traits::kThreads>(), [&](int row, int column) {
-    const Part part = decode::merge<Traits::kWarps>(Traits::kWarps, [&](int w) {
-      return decode::part_of<Part>(found(w), row, column, factors.scores(params));
-    });
+    const Part part = decode::merge<Traits::kWarps>(
+        Traits::kWarps, [&](int w) { return decode::part_of<Part>(found(w), row, column); });
     const int i = row * kPairs + column / 2, owner = slices.owner(i);
     store_remote(shared.part_out + slices.first(split) + i - slices.first(owner), shared.merged,
                  owner, {part.out(0), part.out(1)});

@@ -7,8 +7,9 @@
 //
 // Equal tiles have owners, so that few blocks wait for others at the end of a launch. Of as many
 // tiles as there are blocks, or more, each block owns whole ones, and before those attends to its
-// run of the first tiles, what is left over. Of fewer, but more than half as many, blocks own one
-// each but for its first pairs, and the other blocks share out those.
+// run of the first tiles, what is left over. Of fewer, but half as many at least, blocks own one
+// each but for its first pairs, and the other blocks share out those, unless these would be so many
+// small pieces that they were late.
 #pragma once
 
 #include "decode/shares.cuh"
@@ -74,8 +75,7 @@ class Run {
   decode::Share left_;
 };
 
-// How blocks share out equal tiles. Sharers are the first blocks, owners the last: so few are left
-// without a tile, or with little, on the multiprocessors that the kernel ahead frees first.
+// How blocks share out equal tiles. Sharers are the first blocks, owners the last.
 struct EqualTiles {
   int shared;       // of the first so many tiles,
   int begun;        // the first so many pairs, or 0: all,
@@ -89,12 +89,11 @@ struct EqualTiles {
       const int most_sharers = shared * max(kMostParts, pairs / 4);
       return {shared, 0, max(1, min(blocks, most_sharers)), shared, 0};
     }
-    if (2 * tiles < blocks) return {tiles, 0, blocks, tiles, 0};
     const int sharers = blocks - tiles;
     const int begun =
         int((float(pairs - kLead) * float(sharers) - float(kPieceCost * tiles)) / float(blocks));
-    if (begun <= 0 || kLeastPiece * tiles > sharers * (pairs - begun))
-      return {0, 0, 1, 0, sharers};  // they would be late: every owner has all of its tile
+    const bool are_late = kLeastPiece * tiles > sharers * (pairs - begun);
+    if (2 * tiles < blocks || begun <= 0 || are_late) return {tiles, 0, blocks, tiles, 0};
     return {tiles, begun, sharers, 0, sharers};
   }
 

@@ -97,7 +97,7 @@ class BulkStream {
   }
   // One after the other. What comes between does not wait behind the values.
   __device__ __forceinline__ void start_keys(int busy = 0) {
-    ask(0, busy);
+    ask<0>(busy);
     classify(first_);  // now: nothing was to come before the copies
 #pragma unroll
     for (int i = -1; i < Traits::kStages; ++i) {
@@ -105,11 +105,7 @@ class BulkStream {
         set_whole(stage_of_first(i, busy), kChunks * (i + apart_));
     }
   }
-  __device__ __forceinline__ void start_values(int busy = 0) {
-    const int pairs = ask(1, busy);
-    found_ += pairs * kChunks;
-    next_ += pairs * kStride;
-  }
+  __device__ __forceinline__ void start_values(int busy = 0) { ask<1>(busy); }
 
   // Waits for what `start` asked for, so that all can be prepared again.
   __device__ __forceinline__ void drop() {
@@ -197,17 +193,19 @@ class BulkStream {
     whole_ = (whole_ & ~(1u << stage)) | (wholes_ >> bit & 1) << stage;
   }
 
-  // Asks for keys (half 0) or values (half 1) of the first pairs; returns how many there are.
-  __device__ __forceinline__ int ask(int half, int busy) {
-    int pairs = 0;
+  // Asks for keys (half 0) or values (half 1) of the first pairs; after the values, the pair after
+  // them is the next.
+  template <int kHalf>
+  __device__ __forceinline__ void ask(int busy) {
 #pragma unroll
     for (int i = -1; i < Traits::kStages; ++i) {
-      if (i < 0 ? !apart_ : next_ + pairs * kStride >= end_ || i + busy >= Traits::kStages)
-        continue;
-      copy(stage_of_first(i, busy), half, found_ + pairs * kChunks);
-      ++pairs;
+      const int pair = first_ + (i + apart_) * kStride;
+      if (i < 0 ? !apart_ : pair >= end_ || i + busy >= Traits::kStages) continue;
+      copy(stage_of_first(i, busy), kHalf, kChunks * (i + apart_));
+      if (kHalf == 0) continue;
+      found_ += kChunks;
+      next_ += kStride;
     }
-    return pairs;
   }
 
   // Copies keys (half 0) or values (half 1) of the pair that lanes have found, from `found` on, to

@@ -35,8 +35,8 @@ struct DecodeTraits {
   // than those that attend to keys need: the others give away some.
   static constexpr int kMergers = 4;
   static constexpr int kThreads = kAttendThreads + (kPersistent ? 32 * kMergers : 0);
-  static constexpr int kAttendRegisters = 200;
-  static constexpr int kMergeRegisters = kPersistent && kWarps == 8 ? 104 : 0;
+  static constexpr int kAttendRegisters = kOctets == 1 ? 200 : 208;
+  static constexpr int kMergeRegisters = kPersistent && kWarps == 8 ? (kOctets == 1 ? 104 : 88) : 0;
   static constexpr int kAttendBarrier = 1, kMergeBarrier = 2;
   // Pairs of chunks that a block could read in the time in which it begins a tile: see Run.
   static constexpr int kBeginning = kOctets == 1 ? 6 : 16;
@@ -81,7 +81,7 @@ struct DecodeTraits {
   using Factors = decode::Factors<T, Cached>;
   using Found = decode::Found<kRows, kHeadDim>;
   // Elements of a row that a thread merges: 256 threads have a tile of head_dim 128.
-  static constexpr int kRun = 4 * kOctets;
+  static constexpr int kEach = 4 * kOctets;
   // Parts that are read at once to be merged, as many as fit in registers: on 132 multiprocessors 8
   // heads have up to 18.
   static constexpr int kPartsAtOnce = kPersistent ? 8 / kOctets : kOctets == 1 ? 20 : 16;

@@ -42,7 +42,7 @@ class WarpRows {
         lane_(threadIdx.x % 32),
         g_(lane_ / 4),
         c_(lane_ % 4) {
-    each_query([&](int octet, int e) { maximum_[octet][e] = -INFINITY; });
+    each_query([&](int octet, int e) { reference_[octet][e] = OnlineSoftmax::kNoReference; });
   }
 
   // S^T = K Q^T.
@@ -132,7 +132,7 @@ class WarpRows {
     }
   }
 
-  // The output, not divided by the sum, and maximum and sum of each row; of rows that the tile does
+  // The output, not divided by the sum, and offset and sum of each row; of rows that the tile does
   // not have too, so that nothing branches.
   template <typename Found>
   __device__ __forceinline__ void store(Found& found) const {
@@ -140,7 +140,9 @@ class WarpRows {
     each_query([&](int octet, int e) { total[octet][e] = column_sum(sum_[octet][e]); });
     if (g_ == 0) {
       each_query([&](int octet, int e) {
-        found.maximum[row(octet, e)] = maximum_[octet][e];
+        const float reference = reference_[octet][e];
+        found.offset[row(octet, e)] =
+            reference == OnlineSoftmax::kNoReference ? -INFINITY : reference;
         found.sum[row(octet, e)] = total[octet][e];
       });
     }
@@ -251,19 +253,17 @@ class WarpRows {
     });
   }
 
-  // -inf minus -inf is NaN: no.
   __device__ __forceinline__ bool grown(int octet, int e, float largest) const {
-    return (largest - maximum_[octet][e]) * scale_ > OnlineSoftmax::kLag;
+    return largest * scale_ - reference_[octet][e] > OnlineSoftmax::kLag;
   }
 
-  // Makes the scores' maxima the reference where those have grown. A query that has seen nothing
-  // keeps -inf; 0 as its reference makes its weights exp2(-inf) = 0.
+  // Makes the scores' maxima the reference where those have grown. Where a query has seen nothing,
+  // its weights are exp2(-inf) = 0.
   __device__ __forceinline__ void refer(const float (&largest)[kOctets][2]) {
     each_query([&](int octet, int e) {
       const float now = column_max(largest[octet][e]);
       if (!grown(octet, e, now)) return;
-      const float rescale = fast_exp2((maximum_[octet][e] - now) * scale_);
-      maximum_[octet][e] = now;
+      const float rescale = fast_exp2(reference_[octet][e] - now * scale_);
       reference_[octet][e] = now * scale_;
       sum_[octet][e] *= rescale;
 #pragma unroll
@@ -292,9 +292,8 @@ class WarpRows {
   const float scale_;  // of scores, for weights to base 2
   const int lane_, g_, c_;
   float out_[kOctets][kOutTiles][4] = {};  // as scores
-  // Of the unscaled scores so far, or a little less, and what that is scaled; and of this lane's
-  // keys.
-  float maximum_[kOctets][2], reference_[kOctets][2] = {}, sum_[kOctets][2] = {};
+  // Maxima of scaled scores so far, or a little less; sums of weights, of this lane's keys.
+  float reference_[kOctets][2], sum_[kOctets][2] = {};
 };
 
 }  // namespace longgen::sm90
