@@ -232,11 +232,12 @@ def test_ragged_batches_of_persistent_blocks(
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 5, 16])
 @pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
-@pytest.mark.parametrize("blocks", [3, 7, 16, 132])
+@pytest.mark.parametrize("blocks", [3, 7, 16, 20, 29, 132])
 def test_equal_tiles_of_persistent_blocks(
     blocks: int, kind: str, n: int, poison: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """16 tiles and more of one length: each block has whole ones behind its share of those that are left over."""
+    """16 tiles and more of one length: each block owns whole ones behind its share of those that are left over; or
+    one that others begin."""
     monkeypatch.setattr(decode, "division_of", lambda *_: Division(1, persistent_blocks=blocks))
     model, cache = model_and_cache(PATTERNS[kind], "cuda", poison, batch=8, max_seqlen=2100)
     prefill(model, cache, [2000] * 8, "cuda")

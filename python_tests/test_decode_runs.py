@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 import pytest
@@ -55,10 +56,30 @@ def test_sequences_of_any_length(
 @example(tiles=136, pairs=64, more=[0], blocks=132)
 @example(tiles=28, pairs=288, more=[0], blocks=132)
 def test_equal_tiles(tiles: int, pairs: int, more: list[int], blocks: int, library: ctypes.CDLL) -> None:
-    """No block has much more to read than on average, and each pair is read once."""
+    """Each pair is read once, and each part has a place of its own."""
     array = np.array([max(pairs + (more[t % len(more)] if t > 0 else 0), 0) for t in range(tiles)], dtype=np.int32)
     longest = ctypes.c_int()
     assert library.check_equal_tiles(tiles, address(array), blocks, ctypes.byref(longest)) == 0
+
+
+@pytest.mark.parametrize(
+    ("tiles", "pairs", "more"),
+    [
+        (96, 128, 0.07),
+        (70, 288, 0.02),
+        (112, 288, 0.06),
+        (160, 64, 0.02),
+        (136, 64, 0.05),
+        (133, 64, 0.1),
+        (264, 64, 0),
+    ],
+)
+def test_equal_tiles_are_shared_out_evenly(tiles: int, pairs: int, more: float, library: ctypes.CDLL) -> None:
+    """By how much the block of 132 that has the most to read has more than on average."""
+    longest = ctypes.c_int()
+    array = np.full(tiles, pairs, dtype=np.int32)
+    assert library.check_equal_tiles(tiles, address(array), 132, ctypes.byref(longest)) == 0
+    assert longest.value <= math.ceil(tiles * pairs / 132 * (1 + more))
 
 
 @pytest.mark.parametrize(("places", "blocks"), [(1, 1), (7, 132), (132, 132), (33024, 132), (32904, 132), (1001, 108)])

@@ -29,7 +29,7 @@ _RAGGED_BYTES, _LONG_BYTES = 2 << 20, 8 << 20
 # What a multiprocessor could read while blocks begin and merge, fitted to what was measured on an H200: blocks without
 # splits, splits that all run at once, others; persistent blocks, for tiles of up to 8 rows and of more.
 _WHOLE_COST, _ROUND_COST, _ROUNDS_COST = 80 << 10, 144 << 10, 304 << 10
-_PERSISTENT_COST, _PERSISTENT_COST_OF_16 = 200 << 10, 280 << 10
+_PERSISTENT_COST, _PERSISTENT_COST_OF_16 = 200 << 10, 240 << 10
 # The share of its time that a multiprocessor needs for what it reads where others are idle; and how much longer than on
 # average the slowest reads, of blocks that have equal shares but are not persistent.
 _ALONE, _SLOWEST = 0.945, 1.005
