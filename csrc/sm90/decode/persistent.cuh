@@ -21,6 +21,13 @@ __device__ __forceinline__ auto shared_tile(const DecodeParams& params, const Ta
                                                         task.piece.parts, place_of);
 }
 
+// A warp writes its task there, where it has read the one before.
+__device__ __forceinline__ void note(Task& there, const Task& task) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) there = task;
+  __syncwarp();
+}
+
 // What the merging warps do. What the last piece gives is left to the others, who have nothing else
 // to do then.
 template <typename Traits>
@@ -41,8 +48,7 @@ __device__ __forceinline__ void merge_pieces(const DecodeParams& params,
   // Takes the next task, number i, and asks for its queries, but the first one's.
   const auto take = [&](int i) {
     const Task next = work.take(params, slots);
-    if (threadIdx.x % 32 == 0) task(i) = next;
-    __syncwarp();
+    note(task(i), next);
     if (i > 0) Inputs<Traits, Traits::kMergers>(params, next.tile, warp).load(shared.inputs[i % 2]);
   };
   const auto let_start = [&](int i) {
@@ -111,8 +117,7 @@ __device__ __forceinline__ void attend_to_pieces(const DecodeParams& params, con
       if (more) {
         next = work.take(params, slots);
         stream.prepare(next.tile, next.piece.pairs, next.old < next.end, next.turn);
-        if (threadIdx.x % 32 == 0) shared.last_tasks[warp] = next;
-        __syncwarp();
+        note(shared.last_tasks[warp], next);
       }
       Lengths now;
       if (i < 0) {
