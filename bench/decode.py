@@ -86,7 +86,7 @@ class DecodeCase:
 
 
 _A = AttentionPattern
-_2048, _4096 = (_A.sink_window(sink=128, window=kept - 128) for kept in (2048, 4096))
+_2048, _3072, _4096 = (_A.sink_window(sink=128, window=kept - 128) for kept in (2048, 3072, 4096))
 _9216 = _A.sink_window(sink=1024, window=8192)
 CASES = {
     case.name: case
@@ -104,13 +104,17 @@ CASES = {
         DecodeCase("gqa_128K_batch_8", _A.causal(), batch=8, kv_heads=8),
         DecodeCase("gqa_128K_ragged_batch_8", _A.causal(), batch=8, kv_heads=8, ragged=True),
         DecodeCase("strided", _A.strided(16, 64, window=1024)),
-        *(
-            DecodeCase(f"gqa{group}_{name}_batch_{batch}", pattern, batch, q_heads=8 * group, kv_heads=8)
-            for name, pattern, batch in (("2048", _2048, 20), ("4096", _4096, 12), ("9216", _9216, 32))
-            for group in (4, 8, 16)
-        ),
     )
 }
+SWEEP = {
+    case.name: case
+    for name, pattern in (("2048", _2048), ("3072", _3072), ("4096", _4096), ("9216", _9216))
+    for group in (4, 8, 16)
+    for batch in (4, 5, 6, *range(8, 19), *range(20, 30, 2), 32)
+    for case in [DecodeCase(f"gqa{group}_{name}_batch_{batch}", pattern, batch, q_heads=8 * group, kv_heads=8)]
+    if 128e6 <= case.nbytes <= 1.25e9
+}
+"""Many sequences of 8 KV heads, which divide among multiprocessors more or less evenly."""
 QUICK = DecodeCase("quick", _A.sink_window(4, 60), q_heads=2, kv_heads=1, head_dim=16, seen=500, dtype=torch.float32)
 
 
@@ -342,8 +346,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 if one of this package's kernels failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cases", default=",".join(CASES), help=f"from {', '.join(CASES)} (default: all)")
+    parser.add_argument("--sweep", action="store_true", help=f"{len(SWEEP)} cases of 4 to 32 sequences instead")
     parser.add_argument("--peers", help=f"from {', '.join(PEERS)} (default: what is installed)")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of timed runs per measurement")
+    parser.add_argument("--warm-up", type=float, default=GPU_WARM_UP_S, help="seconds before them, on a GPU")
     parser.add_argument("--quick", action="store_true", help="a tiny run that tests the script, without a GPU too")
     parser.add_argument("--commit", help="recorded where the sources have no .git")
     parser.add_argument("--out", type=Path, help="JSON result file")
@@ -353,9 +359,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     absent = {name: why_not_installed(module, device) for name, module in PACKAGES.items()}
     installed = [name for name in PEERS if name != "reference" and absent.get(name) is None]
     peers = args.peers.split(",") if args.peers else installed if on_gpu else ["reference"]
-    cases = [QUICK] if args.quick else [CASES[name] for name in args.cases.split(",")]
+    chosen = list(SWEEP.values()) if args.sweep else [CASES[name] for name in args.cases.split(",")]
+    cases = [QUICK] if args.quick else chosen
     quick = Effort(budget_s=0.0, warmups=1, min_repeats=3)
-    effort = Effort(budget_s=args.budget, warmup_s=GPU_WARM_UP_S, cuda_graph=True) if on_gpu else quick
+    effort = Effort(budget_s=args.budget, warmup_s=args.warm_up, cuda_graph=True) if on_gpu else quick
 
     document: dict[str, Any] = {"machine": machine.describe(device, args.commit), "effort": asdict(effort)}
     records: list[dict[str, Any]] = []
