@@ -72,10 +72,9 @@ __device__ __forceinline__ void merge_pieces(const DecodeParams& params,
       shared_tile<Traits>(params, task(i)).merge_parts(kTeam, factors(i));
     if (more) let_start(i + 2);
   }
-  const int others = task(i).piece.parts - 1;
-  if (others == 0) return;
   // Watches whether the blocks that share the last tile end before this one.
-  if (warp > 0) return;
+  const int others = task(i).piece.parts - 1;
+  if (others == 0 || warp > 0) return;
 #pragma unroll 1
   while (!shared.meeting.have_all_ended(i)) {
     if (decode::tickets_taken(ticket(i)) == others) return shared.meeting.say_others_ended();
