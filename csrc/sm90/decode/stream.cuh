@@ -90,12 +90,8 @@ class BulkStream {
     find();
   }
 
-  // Asks for the first of them, where `busy` stages of the ring have pairs of the share before.
-  __device__ __forceinline__ void start(int busy = 0) {
-    start_keys(busy);
-    start_values(busy);
-  }
-  // One after the other. What comes between does not wait behind the values.
+  // Asks for the first of them, where `busy` stages of the ring have pairs of the share before: for
+  // keys, and after those for values, which what comes between does not wait behind.
   __device__ __forceinline__ void start_keys(int busy = 0) {
     ask<0>(busy);
     classify(first_);  // now: nothing was to come before the copies
@@ -107,7 +103,7 @@ class BulkStream {
   }
   __device__ __forceinline__ void start_values(int busy = 0) { ask<1>(busy); }
 
-  // Waits for what `start` asked for, so that all can be prepared again.
+  // Waits for what those asked for, so that all can be prepared again.
   __device__ __forceinline__ void drop() {
     int stage = 0;
 #pragma unroll 1
