@@ -305,43 +305,46 @@ PYBIND11_MODULE(_C, m) {
           cache_append(params);
         });
 
-  m.def("attn_decode",
-        [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
-           int head_dim, int slots, int pages, int log2_page, int pool_pages,
-           const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
-           Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
-           Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
-           Address tickets, int n, int q_heads, int q_offset, float softmax_scale, Address q,
-           const Strides& q_strides, Address out, Address lse, int splits, bool starts_early,
-           bool bulk, bool clustered, bool small_blocks, int persistent_blocks, Address part_out,
-           Address part_weights, Address stream) {
-          DecodeParams params{};
-          params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
-                                      pages, log2_page, pool_pages, dtype, k_cache, v_cache,
-                                      cache_strides, seqlens, block_table);
-          params.scales = cache_scales(k_scale, v_scale);
-          params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
-          params.tickets = reinterpret_cast<uint32_t*>(tickets);
-          params.n = n;
-          params.q_heads = q_heads;
-          params.q_offset = q_offset;
-          params.softmax_scale = softmax_scale;
-          params.q = reinterpret_cast<const void*>(q);
-          params.q_strides = out_strides(q_strides);
-          params.out = reinterpret_cast<void*>(out);
-          params.lse = reinterpret_cast<float*>(lse);
-          params.splits = splits;
-          params.starts_early = starts_early;
-          params.bulk = bulk;
-          params.clustered = clustered;
-          params.small_blocks = small_blocks;
-          params.persistent_blocks = persistent_blocks;
-          params.part_out = reinterpret_cast<float*>(part_out);
-          params.part_weights = reinterpret_cast<float*>(part_weights);
-          params.stream = as_stream(stream);
-          py::gil_scoped_release release;
-          attn_decode(params);
-        });
+  m.def(
+      "attn_decode",
+      [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
+         int head_dim, int slots, int pages, int log2_page, int pool_pages,
+         const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
+         Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
+         Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
+         Address tickets, Address seat_counts, int n, int q_heads, int q_offset,
+         float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
+         int splits, bool starts_early, bool bulk, bool clustered, bool small_blocks,
+         int persistent_blocks, int seats, Address part_out, Address part_weights, Address stream) {
+        DecodeParams params{};
+        params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
+                                    pages, log2_page, pool_pages, dtype, k_cache, v_cache,
+                                    cache_strides, seqlens, block_table);
+        params.scales = cache_scales(k_scale, v_scale);
+        params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
+        params.tickets = reinterpret_cast<uint32_t*>(tickets);
+        params.seat_counts = reinterpret_cast<uint32_t*>(seat_counts);
+        params.n = n;
+        params.q_heads = q_heads;
+        params.q_offset = q_offset;
+        params.softmax_scale = softmax_scale;
+        params.q = reinterpret_cast<const void*>(q);
+        params.q_strides = out_strides(q_strides);
+        params.out = reinterpret_cast<void*>(out);
+        params.lse = reinterpret_cast<float*>(lse);
+        params.splits = splits;
+        params.starts_early = starts_early;
+        params.bulk = bulk;
+        params.clustered = clustered;
+        params.small_blocks = small_blocks;
+        params.persistent_blocks = persistent_blocks;
+        params.seats = seats;
+        params.part_out = reinterpret_cast<float*>(part_out);
+        params.part_weights = reinterpret_cast<float*>(part_weights);
+        params.stream = as_stream(stream);
+        py::gil_scoped_release release;
+        attn_decode(params);
+      });
 
   m.def(
       "merge_attn_states",

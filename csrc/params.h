@@ -212,14 +212,16 @@ struct DecodeParams {
   // in bulk, where chunks are neighbouring slots; and then, whether the splits (up to 8) are a
   // cluster, or else blocks are to be small, where that is possible (16 bits, head_dim up to 128,
   // one split), or, of up to 32 sequences, how many share out all work evenly (0: each has one
-  // split).
-  int32_t starts_early, bulk, clustered, small_blocks, persistent_blocks;
+  // split). Of how many multiprocessors those with the first numbers are to stay idle, if none of
+  // these and more than there are blocks (0: whichever do).
+  int32_t starts_early, bulk, clustered, small_blocks, persistent_blocks, seats;
   // Results of the splits, or nullptr where there is one or they are clustered: (batch, kv_heads,
   // row tiles, splits, rows of a tile, head_dim), and 2 in place of the last dimension. Of
   // persistent blocks (blocks, 2, rows of a tile, head_dim), and likewise.
   float* part_out;
   float* part_weights;
-  uint32_t* tickets;  // (batch + batch * kv_heads * row tiles,), zeros before and after
+  uint32_t* tickets;      // (batch + batch * kv_heads * row tiles,), zeros before and after
+  uint32_t* seat_counts;  // (1 + seats,), zeros at first, then as the kernel leaves them
   cudaStream_t stream;
   // Set by the launch.
   float scale_log2;

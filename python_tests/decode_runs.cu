@@ -51,8 +51,8 @@ extern "C" int check_runs(int tiles, const int* pairs, const int* places, int bl
 }
 
 // The same of equal tiles. Tile t has pairs[t] pairs, where the first one's were expected.
-extern "C" int check_equal_tiles(int tiles, const int* pairs, int blocks, int* longest) {
-  const EqualTiles equal = EqualTiles::of(tiles, pairs[0], blocks);
+extern "C" int check_equal_tiles(int tiles, const int* pairs, int blocks, int unit, int* longest) {
+  const EqualTiles equal = EqualTiles::of(tiles, pairs[0], blocks, unit);
   const int places = (equal.begun > 0 ? equal.begun : pairs[0]) + kBeginning;
   std::vector<std::vector<int>> reads(tiles);
   std::vector<int> parts(tiles, -1), ended(tiles), written(2 * blocks);
@@ -81,7 +81,8 @@ extern "C" int check_equal_tiles(int tiles, const int* pairs, int blocks, int* l
     for (; !run.empty(); run.go_on(t * places, (t + 1) * places)) {
       const Piece of_run =
           run.piece(block, t * places, (t + 1) * places, equal.shared_of(pairs[t]));
-      const int error = note(t, equal.shared_piece(of_run, t, tiles));
+      const int first_block = run.first_block(t * places, (t + 1) * places);
+      const int error = note(t, equal.shared_piece(of_run, first_block, t, tiles));
       if (error != 0) return error;
       ++t;
     }
@@ -89,7 +90,8 @@ extern "C" int check_equal_tiles(int tiles, const int* pairs, int blocks, int* l
       t = tiles - left;
       const Piece of_run =
           run.piece(block, t * places, (t + 1) * places, equal.shared_of(pairs[t]));
-      const int error = note(t, equal.own_piece(of_run, t, tiles, pairs[t]));
+      const int first_block = run.first_block(t * places, (t + 1) * places);
+      const int error = note(t, equal.own_piece(of_run, first_block, t, tiles, pairs[t]));
       if (error != 0) return error;
     }
     *longest = read > *longest ? read : *longest;

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cache_model import PATTERNS, assert_close, new_tokens
 from test_kv_cache import model_and_cache, prefill, step
+from torch import Tensor
 
 from longgen_kernels import SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.cache_layout import CacheLayout
-from longgen_kernels.kernels.cache_problem import CacheTensors
+from longgen_kernels.kernels.cache_problem import SEAT_COUNTS, CacheTensors
 from longgen_kernels.kernels.cuda import decode
 from longgen_kernels.kernels.cuda.division import Division, division_of
 
@@ -27,16 +30,23 @@ WAYS = {  # whether through shared memory, and how the work is divided
     "persistent blocks": (True, Division(1, persistent_blocks=132)),
     "three persistent blocks": (True, Division(1, persistent_blocks=3)),
     "more persistent blocks than pairs of chunks": (True, Division(1, persistent_blocks=1000)),
+    "with seats": (True, Division(1, seats=132)),
+    "with seats, through memory": (True, Division(3, seats=255)),
     "to registers": (False, Division(1)),
     "to registers, through memory": (False, Division(6)),
 }
 ways = pytest.mark.parametrize("way", WAYS)
 
 
+def skip_without_hopper() -> None:
+    if not decode._runs_hopper_code(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip("Hopper's own kernel")
+
+
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bulk, division = WAYS[way]
-    if bulk and not decode._runs_hopper_code(torch.device("cuda", torch.cuda.current_device())):
-        pytest.skip("Hopper's own kernel")
+    if bulk:
+        skip_without_hopper()
     if not bulk:
         monkeypatch.setattr(decode, "_runs_hopper_code", lambda _: False)
     monkeypatch.setattr(decode, "division_of", lambda *_: division)
@@ -122,6 +132,7 @@ def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True) -> Division:
 CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 4, 8))
 SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for early in (True, False))
 PERSISTENT = Division(1, persistent_blocks=132)
+SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits in (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize(
@@ -139,10 +150,13 @@ PERSISTENT = Division(1, persistent_blocks=132)
         (198, 9232, PERSISTENT),
         (160, 9232, PERSISTENT),
         (100, 9232, PERSISTENT),
-        (100, 2064, PERSISTENT),
-        (40, 9232, PERSISTENT),  # three splits would leave 12 multiprocessors idle
-        (40, 2064, Division(3)),  # for less than it takes them to begin and to merge
-        (28, 9232, PERSISTENT),
+        (100, 2064, SEATED),  # for less than it takes them to begin and to merge
+        (120, 2064, SEATED),
+        (124, 2064, Division(1)),  # who of eight multiprocessors is idle does not matter
+        (40, 9232, SEATED_3),
+        (40, 2064, Division(3)),  # what is short does not wait for seats
+        (28, 9232, SEATED_4),
+        (36, 9232, PERSISTENT),  # three splits would leave 24 multiprocessors idle
         (64, 9232, Division(2)),
         (132, 32768, Division(1)),
         (32, 131072, PERSISTENT),
@@ -154,8 +168,8 @@ PERSISTENT = Division(1, persistent_blocks=132)
     ],
 )
 def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
-    """Clusters on half of the multiprocessors, blocks on nearly all, small blocks for many tiles, and persistent ones
-    for what is long or does not come out even."""
+    """Clusters on half of the multiprocessors, blocks on nearly all, seats where some stay idle, small blocks for many
+    tiles, and persistent ones for what is long or does not come out even."""
     assert divided(cache_of(kv_heads, slots)) == want
     division = divided(cache_of(kv_heads, slots), bulk=False)
     assert division == Division(division.splits)
@@ -190,8 +204,10 @@ def test_how_sequences_that_may_differ_in_length_are_divided(
         (16, 8, 8, 131072, PERSISTENT),
         (16, 8, 8, 32768, Division(2)),
         (16, 8, 1, 131072, Division(16)),
-        (16, 5, 8, 32768, PERSISTENT),
-        (16, 1, 40, 9232, Division(3)),  # persistent blocks need longer for more rows
+        (16, 5, 8, 32768, SEATED_3),
+        (8, 12, 8, 4112, SEATED),
+        (8, 9, 8, 4112, PERSISTENT),
+        (16, 1, 48, 2064, SEATED_2),  # persistent blocks need longer for more rows
     ],
 )
 def test_how_sequences_of_one_length_are_divided(
@@ -229,6 +245,77 @@ def test_ragged_batches_of_persistent_blocks(
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
+def seated_steps() -> tuple[list[Callable[[], Tensor]], list[Tensor], list[SparseKVCache]]:
+    """Steps of caches of several sizes whose blocks take seats, what each gives, and the caches."""
+    steps, want, caches = [], [], []
+    for batch, kv_heads, splits in ((15, 8, 1), (5, 8, 3), (1, 100, 1), (2, 2, 5)):
+        pattern = PATTERNS["sink and window"]
+        cache = SparseKVCache(pattern, batch, kv_heads, 128, max_seqlen=9000, dtype=torch.bfloat16, device="cuda")
+        cache.k.normal_()
+        cache.v.normal_()
+        cache.seqlens.copy_(torch.arange(batch) * 37 + 300)
+        q = torch.randn(batch, 1, 4 * kv_heads, 128, dtype=torch.bfloat16, device="cuda")
+
+        def run(seats: int, q: Tensor = q, cache: SparseKVCache = cache, splits: int = splits) -> Tensor:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(decode, "division_of", lambda *_: Division(splits, seats=seats))
+                return longgen_attn_with_kvcache(q, cache, backend="cuda")
+
+        want.append(run(0))
+        steps.append(partial(run, 132))
+        caches.append(cache)
+    return steps, want, caches
+
+
+@pytest.mark.gpu
+def test_seats_of_launches_that_run_at_once() -> None:
+    """Blocks then come to multiprocessors whose seats are taken, and take those that are left."""
+    skip_without_hopper()
+    steps, want, caches = seated_steps()
+    streams = [torch.cuda.Stream() for _ in steps]
+    torch.cuda.synchronize()
+    got = []
+    for _ in range(100):
+        for run, stream, right in zip(steps, streams, want, strict=True):
+            with torch.cuda.stream(stream):
+                got.append((run(), right))
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, right) for x, right in got)
+    for cache in caches:
+        tickets, counts = cache.tickets[:-SEAT_COUNTS], cache.tickets[-SEAT_COUNTS:]
+        assert tickets.count_nonzero() == 0
+        assert counts.tolist() == [100 * 132] + [100] * 132 + [0] * (SEAT_COUNTS - 133)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("multiprocessors", [8, 64])
+def test_seats_on_a_part_of_the_gpu(multiprocessors: int) -> None:
+    """More seats than blocks that run at once, all of which may have nothing to do."""
+    skip_without_hopper()
+    contexts = pytest.importorskip("torch.cuda.green_contexts")
+    steps, want, _ = seated_steps()
+    torch.cuda.synchronize()
+    context = contexts.GreenContext.create(num_sms=multiprocessors, device_id=torch.cuda.current_device())
+    context.set_context()
+    try:
+        got = [(run(), right) for _ in range(5) for run, right in zip(steps, want, strict=True)]
+        torch.cuda.synchronize()
+    finally:
+        context.pop_context()
+    assert all(torch.equal(x, right) for x, right in got)
+
+
+@pytest.mark.gpu
+def test_fewer_seats_than_blocks_are_refused(poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_hopper()
+    _, cache = model_and_cache(PATTERNS["causal"], "cuda", poison, batch=8)
+    q = torch.zeros(8, 1, 2 * cache.kv_heads, 128, dtype=cache.dtype, device="cuda")
+    for division in (Division(1, seats=8 * cache.kv_heads), Division(2, clustered=True, seats=132)):
+        monkeypatch.setattr(decode, "division_of", lambda *_, division=division: division)
+        with pytest.raises(ValueError, match="seats"):
+            longgen_attn_with_kvcache(q, cache, backend="cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [1, 5, 16])
 @pytest.mark.parametrize("kind", ["causal", "sink and window", "strided blocks with per-head phases"])
@@ -247,7 +334,7 @@ def test_equal_tiles_of_persistent_blocks(
     other = SparseKVCache.from_state_dict(cache.state_dict())
     first, again = (longgen_attn_with_kvcache(q, c, k, v, return_lse=True, backend="cuda") for c in (cache, other))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-    assert cache.tickets.count_nonzero() == 0
+    assert cache.tickets[:-SEAT_COUNTS].count_nonzero() == 0
 
 
 def test_one_tokens_keys_and_values_are_not_copied() -> None:

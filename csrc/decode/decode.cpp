@@ -74,6 +74,13 @@ void attn_decode(const DecodeParams& given) {
   const int rows = params.n * params.group;
   const int rows_per_tile = decode_rows_per_tile(rows, params.cache.head_dim);
   params.row_tiles = (rows + rows_per_tile - 1) / rows_per_tile;
+  const int64_t blocks =
+      int64_t(params.splits) * params.cache.batch * params.cache.kv_heads * params.row_tiles;
+  if (params.seats > 0 && params.seats <= blocks)
+    throw std::invalid_argument("there must be more seats than blocks");
+  if (params.seats > 0 && (params.clustered || params.small_blocks || params.persistent_blocks > 0))
+    throw std::invalid_argument(
+        "seats are for big blocks that are neither clustered nor persistent");
   params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
   switch (params.cache.dtype) {
     case DType::kFloat16:

@@ -25,7 +25,7 @@ APPEND_SUPPORT = {name: backend.cache_unsupported for name, backend in BACKENDS.
 
 lib = torch.library.Library("longgen_kernels", "FRAGMENT")
 
-# The tickets are a kernel's counters, zeros again when it ends: nobody sees that they are written to.
+# The tickets are the kernels' counters: nobody else sees that they are written to.
 _LAYOUT = "Tensor? tickets, Tensor? block_table, int[] pattern, int ring"
 _WRITTEN = f"Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) seqlens, {_LAYOUT}"
 _NEW = "Tensor k, Tensor v, Tensor? counts, bool advance"

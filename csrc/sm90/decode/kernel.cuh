@@ -11,6 +11,7 @@
 #include "decode/append.cuh"
 #include "decode/combine.cuh"
 #include "sm90/decode/lengths.cuh"
+#include "sm90/decode/seats.cuh"
 #include "sm90/decode/slices.cuh"
 #include "sm90/decode/stream.cuh"
 
@@ -71,9 +72,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   extern __shared__ __align__(1024) char dynamic_shared[];
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
-  const int split = blockIdx.x, splits = Traits::kSmall ? 1 : params.splits;
   const int warp = decode::uniform(threadIdx.x / 32);
-  const decode::Tile tile = decode::tile_of_block<Traits::kRows>(params);
+  const int splits = Traits::kSmall ? 1 : params.splits;
+  int split = blockIdx.x, number = blockIdx.y, sequence = blockIdx.z;
+  if (!Traits::kSmall && params.seats > 0) {
+    const int tiles = params.cache.kv_heads * params.row_tiles;  // of a sequence
+    const int block = take_seat(params, params.cache.batch * tiles * splits, shared.seat);
+    if (block < 0) return;
+    const int index = unsigned(block) / unsigned(splits);
+    split = block - index * splits;
+    sequence = unsigned(index) / unsigned(tiles);
+    number = index - sequence * tiles;
+  }
+  const decode::Tile tile = decode::tile_of<Traits::kRows>(params, sequence, number);
   // The length before the kernels ahead have ended is most often the one after, and what follows
   // from it is found while they end; not so with pages, which they may move without a trace.
   // Another block may make the sequence longer below, when all have read its length.
@@ -122,9 +133,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   __syncthreads();
   // Every thread has read the length. The last block of the sequence to come here adds the new
   // tokens to it, in the end: meanwhile the answer is on its way.
+  const uint32_t blocks = splits * params.cache.kv_heads * params.row_tiles;
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
-    ticket = decode::take_ticket(params.tickets + tile.sequence, gridDim.x * gridDim.y);
+    ticket = decode::take_ticket(params.tickets + tile.sequence, blocks);
   stream.append(lengths.old, lengths.end(params.new_tokens));
   const int old = decode::uniform(lengths.old);
   WarpRows<Traits> rows(params, tile, factors, old + params.q_offset);
@@ -139,7 +151,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   } else {
     decode::merge_splits<Traits>(params, tile, factors, split, splits, found);
   }
-  if (ticket == gridDim.x * gridDim.y - 1)
+  if (ticket == blocks - 1)
     atomicAdd(params.cache.seqlens + tile.sequence,
               decode::new_tokens(params.new_tokens, tile.sequence));
 }

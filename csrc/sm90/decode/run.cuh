@@ -55,7 +55,7 @@ class Run {
   // last block has them too. A block has at most two parts of tiles that it shares: of the first
   // tile of its run, and of the last.
   __host__ __device__ __forceinline__ Piece piece(int block, int start, int end, int pairs) const {
-    const int zero = start + kBeginning, first_block = shares_.block_of(first_pair(start, end));
+    const int zero = start + kBeginning, first_block = this->first_block(start, end);
     const int first = max(left_.first - zero, 0), last = max(left_.last - zero, 0);
     return {{min(first, pairs), left_.last >= end ? pairs : min(last, pairs)},
             block - first_block,
@@ -63,6 +63,11 @@ class Run {
             2 * first_block + 1,
             2 * first_block + 2,
             2};
+  }
+
+  // The first of the blocks that have parts of that tile.
+  __host__ __device__ __forceinline__ int first_block(int start, int end) const {
+    return shares_.block_of(first_pair(start, end));
   }
 
  private:
@@ -83,17 +88,22 @@ struct EqualTiles {
   int first_owned;  // the tile that the first owner has; each next block has the next
   int first_owner;
 
-  static __host__ __device__ __forceinline__ EqualTiles of(int tiles, int pairs, int blocks) {
+  // A block reads `unit` pairs in half a microsecond.
+  static __host__ __device__ __forceinline__ EqualTiles of(int tiles, int pairs, int blocks,
+                                                           int unit) {
+    const EqualTiles none{tiles, 0, blocks, tiles, 0};  // owns any
     if (tiles >= blocks) {
+      if (pairs < kLeastWhole * unit) return none;
       const int shared = tiles - int(unsigned(tiles) / unsigned(blocks)) * blocks;
-      const int most_sharers = shared * max(kMostParts, pairs / 4);
+      const int most_sharers = shared * max(kMostParts, pairs / (4 * unit));
       return {shared, 0, max(1, min(blocks, most_sharers)), shared, 0};
     }
     const int sharers = blocks - tiles;
     const int begun =
-        int((float(pairs - kLead) * float(sharers) - float(kPieceCost * tiles)) / float(blocks));
-    const bool are_late = kLeastPiece * tiles > sharers * (pairs - begun);
-    if (2 * tiles < blocks || begun <= 0 || are_late) return {tiles, 0, blocks, tiles, 0};
+        int((float(pairs - kLead * unit) * float(sharers) - float(kPieceCost * unit * tiles)) /
+            float(blocks));
+    const bool are_late = kLeastPiece * unit * tiles > sharers * (pairs - begun);
+    if (2 * tiles < blocks || begun <= 0 || are_late) return none;
     return {tiles, begun, sharers, 0, sharers};
   }
 
@@ -108,24 +118,25 @@ struct EqualTiles {
     return begun > 0 ? min(begun, pairs) : pairs;
   }
   // A block's piece of a tile that may have an owner, where `piece` is that of its run.
-  __host__ __device__ __forceinline__ Piece shared_piece(const Piece& piece, int tile,
-                                                         int tiles) const {
+  __host__ __device__ __forceinline__ Piece shared_piece(const Piece& piece, int first_block,
+                                                         int tile, int tiles) const {
     if (begun == 0) return piece;
     // Tile and block together are a number that no other piece has.
-    const int first_block = piece.second / 2 - 1;
     return {piece.pairs, piece.part + 1, piece.parts + 1, tile, tiles + tile + first_block, 1};
   }
   // Its owner's, where `piece` says how sharers' runs lie.
-  __host__ __device__ __forceinline__ Piece own_piece(const Piece& piece, int tile, int tiles,
-                                                      int pairs) const {
+  __host__ __device__ __forceinline__ Piece own_piece(const Piece& piece, int first_block, int tile,
+                                                      int tiles, int pairs) const {
     if (begun == 0) return {{0, pairs}, 0, 1};
-    Piece own = shared_piece(piece, tile, tiles);
+    Piece own = shared_piece(piece, first_block, tile, tiles);
     own.pairs = {min(begun, pairs), pairs};
     own.part = 0;
     return own;
   }
 
  private:
+  // In units. The least that a whole tile has: otherwise parts are merged later than those end.
+  static constexpr int kLeastWhole = 60;
   // Owners end so many pairs later than sharers, so that they find their parts.
   static constexpr int kLead = 2;
   // A piece takes a sharer as long as so many pairs more would, and at least as long as so many do.

@@ -55,8 +55,9 @@ class Work {
                 end, old);
     const int pairs = BulkStream<Traits>::pairs_of(slots);
     const Piece of_run = run_.piece(blockIdx.x, start_, start_ + places, equal_.shared_of(pairs));
-    const Piece piece = owns ? equal_.own_piece(of_run, index, all, pairs)
-                             : equal_.shared_piece(of_run, index, all);
+    const int first_block = run_.first_block(start_, start_ + places);
+    const Piece piece = owns ? equal_.own_piece(of_run, first_block, index, all, pairs)
+                             : equal_.shared_piece(of_run, first_block, index, all);
     const Task task{tile, piece, old, end, turn_};
     turn_ = (turn_ + piece.pairs.last - piece.pairs.first) % Traits::kWarps;
     if (owns) {
@@ -75,7 +76,7 @@ class Work {
     const int pairs = is_there ? pairs_of(params, old_, end_) : 0;
     const int pairs_of_first = __shfl_sync(kAll, pairs, 0);
     const bool are_equal = __all_sync(kAll, !is_there || pairs == pairs_of_first);
-    if (are_equal) equal_ = EqualTiles::of(all, pairs_of_first, gridDim.x);
+    if (are_equal) equal_ = EqualTiles::of(all, pairs_of_first, gridDim.x, Traits::kUnit);
     places_ = is_there ? equal_.shared_of(pairs) + kBeginning : 0;
     const int upto = sum_upto(each * places_);
     int row = __shfl_sync(kAll, upto, 31), blocks = gridDim.x;

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longgen_kernels.cache_layout import GRANULE, MAX_QUERY_TOKENS
 from longgen_kernels.kernels.cache_problem import (
+    SEAT_COUNTS,
     CacheProblem,
     CacheTensors,
     NewTokens,
@@ -136,13 +137,14 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         part_out = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
+    seat_counts = tickets.data_ptr() + (tickets.numel() - SEAT_COUNTS) * tickets.element_size()
     # By position: as keywords they would cost the host more than an allocation.
     arguments = (
-        *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(),
+        *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(), seat_counts,
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
         division.splits, hopper and division.starts_early, bulk, division.clustered, division.small_blocks,
-        division.persistent_blocks, address(part_out), address(part_weights), current_stream(q),
+        division.persistent_blocks, division.seats, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):
         _C.attn_decode(*arguments)

@@ -6,11 +6,12 @@ It depends on sizes alone, not on lengths: a CUDA graph is replayed while the ca
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
 from longgen_kernels.cache_layout import GRANULE
-from longgen_kernels.kernels.cache_problem import CacheTensors, max_tiles, num_splits
+from longgen_kernels.kernels.cache_problem import SEAT_COUNTS, CacheTensors, max_tiles, num_splits
 
 __all__ = ["Division", "division_of"]
 
@@ -26,13 +27,17 @@ _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pai
 # Of keys and values that a persistent block reads, at least, where sequences may be ragged; that a tile has, at least,
 # where there are more tiles than multiprocessors.
 _RAGGED_BYTES, _LONG_BYTES = 2 << 20, 8 << 20
+_LEAST_IDLE = 10  # multiprocessors: of fewer it does not matter which
 # What a multiprocessor could read while blocks begin and merge, fitted to what was measured on an H200: blocks without
-# splits, splits that all run at once, others; persistent blocks, for tiles of up to 8 rows and of more.
-_WHOLE_COST, _ROUND_COST, _ROUNDS_COST = 80 << 10, 144 << 10, 304 << 10
+# splits, splits that all run at once, others; persistent blocks, for tiles of up to 8 rows and of more; to take seats.
+_WHOLE_COST, _ROUND_COST, _ROUNDS_COST = 84 << 10, 144 << 10, 304 << 10
 _PERSISTENT_COST, _PERSISTENT_COST_OF_16 = 200 << 10, 240 << 10
-# The share of its time that a multiprocessor needs for what it reads where others are idle; and how much longer than on
-# average the slowest reads, of blocks that have equal shares but are not persistent.
-_ALONE, _SLOWEST = 0.945, 1.005
+_SEATS_COST = 20 << 10
+# How much longer than on average the slowest reads, of blocks that have equal shares but are not persistent; where a
+# sixth of the multiprocessors and more stay idle. The share of its time that a multiprocessor needs for what it reads
+# where others are idle, if it does not matter which, or those that do are chosen.
+_SLOWEST, _SLOWEST_OF_FEW = 1.005, 1.045
+_ALONE, _CHOSEN_ALONE = 0.945, 0.62
 
 
 class Division(NamedTuple):
@@ -43,6 +48,7 @@ class Division(NamedTuple):
     small_blocks: bool = False  # whether a multiprocessor holds two
     starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
     persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
+    seats: int = 0  # multiprocessors, of which those with the first numbers stay idle; 0: whichever do
 
     def parts(self, blocks: int) -> int:
         """How many results of parts of sequences meet in global memory."""
@@ -80,10 +86,10 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
     cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
     if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
         return Division(cluster, clustered=True)
-    splits, cost = _cheapest_splits(blocks, nbytes, most, multiprocessors)
+    splits, seated, cost = _cheapest_splits(blocks, nbytes, most, multiprocessors)
     if persistent and each + (_PERSISTENT_COST if rows <= 8 else _PERSISTENT_COST_OF_16) < cost:
         return persistent
-    return Division(splits)
+    return Division(splits, seats=multiprocessors if seated else 0)
 
 
 def _can_be_persistent(cache: CacheTensors, blocks: int) -> bool:
@@ -99,15 +105,24 @@ def _may_be_ragged(cache: CacheTensors) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _cheapest_splits(blocks: int, nbytes: int, most: int, multiprocessors: int) -> tuple[int, float]:
-    """The number of splits that takes the least time, and how much one of the multiprocessors could read in it."""
+def _cheapest_splits(blocks: int, nbytes: int, most: int, multiprocessors: int) -> tuple[int, bool, float]:
+    """The number of splits that takes the least time, whether they take seats, and how much one of the multiprocessors
+    could read in it."""
+    each = blocks * nbytes / multiprocessors
 
-    def cost(splits: int) -> float:
-        rounds = math.ceil(blocks * splits / multiprocessors)
-        reading = _SLOWEST * max(blocks * nbytes / multiprocessors, _ALONE * rounds * nbytes / splits)
-        if splits == 1:
-            return reading + _WHOLE_COST
-        return reading + (_ROUND_COST if rounds == 1 else _ROUNDS_COST)
+    def cost(splits: int, seated: bool) -> float:
+        own, rounds = nbytes / splits, math.ceil(blocks * splits / multiprocessors)
+        beginning = _WHOLE_COST if splits == 1 else _ROUND_COST if rounds == 1 else _ROUNDS_COST
+        if not seated:
+            return _SLOWEST * max(each, _ALONE * rounds * own) + beginning
+        slowest = _SLOWEST_OF_FEW if 6 * blocks * splits <= 5 * multiprocessors else _SLOWEST
+        return max(slowest * each, _CHOSEN_ALONE * own) + beginning + _SEATS_COST
 
-    best = min(range(1, max(1, most) + 1), key=cost)
-    return best, cost(best)
+    def ways() -> Iterator[tuple[int, bool]]:
+        for splits in range(1, max(1, most) + 1):
+            yield splits, False
+            if blocks * splits <= multiprocessors - _LEAST_IDLE and multiprocessors < SEAT_COUNTS:
+                yield splits, True
+
+    best = min(ways(), key=lambda way: cost(*way))
+    return *best, cost(*best)

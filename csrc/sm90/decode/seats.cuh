@@ -1,0 +1,71 @@
+// Which multiprocessors have the blocks of the decode kernel, where there are fewer blocks.
+//
+// Left to itself, the GPU leaves those idle that happened to be idle before. A cluster of
+// multiprocessors (GPC) that is full then reads slower than one that is not: its blocks are late,
+// by up to a tenth of the time. So there are as many blocks as multiprocessors, each takes the seat
+// with its multiprocessor's number, and who has one of the first seats has nothing to do: pairs of
+// neighbouring numbers are of different clusters.
+#pragma once
+
+#include "arch/sm90/dependent_launch.cuh"
+#include "decode/append.cuh"
+
+namespace longgen::sm90 {
+
+// Each launch takes each seat once, which is counted: between launches all seats have the same
+// count. Launches that take seats must not overlap until all have one.
+class Seats {
+  static constexpr int kCountBits = 24;  // after so many launches counts begin from 0 again
+  static constexpr int kPatience = 256;  // times a tenth of a microsecond or two
+
+ public:
+  // `counts`: (1 + seats,), zeros before the first launch, of all seats together and of each.
+  __device__ Seats(uint32_t* counts, int seats) : all_(counts), taken_(counts + 1), seats_(seats) {}
+
+  // By one thread of each block. Its multiprocessor's seat is taken if another kernel holds some
+  // multiprocessor for long, and two blocks come to this one instead, one after the other.
+  __device__ __forceinline__ int take() {
+    unsigned number;
+    asm("mov.u32 %0, %%smid;" : "=r"(number));
+    const unsigned own = number % seats_;
+    launch_ = decode::take_ticket(all_, seats_ << kCountBits) / seats_;
+    if (is_free(atomicAdd(taken_ + own, 1u))) return own;
+    atomicSub(taken_ + own, 1u);
+    for (unsigned seat = own;; seat = seat + 1 < seats_ ? seat + 1 : 0) {
+      const uint32_t count = decode::tickets_taken(taken_ + seat);
+      if (is_free(count) && atomicCAS(taken_ + seat, count, count + 1) == count) return seat;
+    }
+  }
+
+  // Who has nothing to do stays until all have seats, as another block would come in its place; but
+  // not for ever, if others cannot come before this one has left. By the thread that took the seat.
+  __device__ __forceinline__ void stay() const {
+    wait_for_previous_kernels();  // until then they hold multiprocessors
+    for (int i = 0; i < kPatience && decode::tickets_taken(all_) / seats_ == launch_; ++i)
+      __nanosleep(100);
+  }
+
+ private:
+  __device__ __forceinline__ bool is_free(uint32_t count) const {
+    return ((count ^ launch_) & ((1u << kCountBits) - 1)) == 0;
+  }
+
+  uint32_t *const all_, *const taken_;
+  const uint32_t seats_;
+  uint32_t launch_ = 0;
+};
+
+// Returns which of so many blocks this one is, or less than 0 if it has nothing to do.
+__device__ __forceinline__ int take_seat(const DecodeParams& params, int blocks, int& shared_seat) {
+  Seats seats(params.seat_counts, params.seats);
+  if (threadIdx.x == 0) shared_seat = seats.take();
+  __syncthreads();
+  const int block = shared_seat - (params.seats - blocks);
+  if (block < 0) {
+    let_next_kernel_start();
+    if (threadIdx.x == 0) seats.stay();
+  }
+  return block;
+}
+
+}  // namespace longgen::sm90
