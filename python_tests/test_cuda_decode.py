@@ -129,7 +129,7 @@ def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True) -> Division:
     return division_of(cache, cache.batch * cache.kv_heads, rows, 132, bulk)
 
 
-CLUSTER_OF_2, CLUSTER_OF_4, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 4, 8))
+CLUSTER_OF_2, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 8))
 SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for early in (True, False))
 PERSISTENT = Division(1, persistent_blocks=132)
 SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits in (1, 2, 3, 4))
@@ -140,8 +140,10 @@ SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits i
     [
         (8, 2064, CLUSTER_OF_8),
         (32, 2064, CLUSTER_OF_2),
-        (16, 2064, CLUSTER_OF_4),
+        (16, 2064, Division(8)),  # clusters of four would be uneven
+        (8, 9232, Division(16)),
         (1, 2064, CLUSTER_OF_8),
+        (1, 32784, Division(65)),  # on half of the multiprocessors, one of each pair
         (32, 9232, Division(4)),
         (8, 131072, Division(16)),
         (64, 64, Division(1)),
@@ -181,7 +183,7 @@ def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
         ("causal", 8, 8, 131072, PERSISTENT),
         ("causal", 8, 8, 9232, PERSISTENT),
         ("strided blocks", 8, 8, 9232, Division(2)),  # sequences of whatever length keep about as much
-        ("causal", 8, 8, 2064, Division(2)),
+        ("causal", 8, 8, 2064, Division(1)),
         ("causal", 8, 32, 9232, SMALL_AND_LATE),
         ("causal", 8, 32, 32768, PERSISTENT),
         ("causal", 32, 32, 131072, PERSISTENT),
@@ -206,7 +208,8 @@ def test_how_sequences_that_may_differ_in_length_are_divided(
         (16, 8, 1, 131072, Division(16)),
         (16, 5, 8, 32768, SEATED_3),
         (8, 12, 8, 4112, SEATED),
-        (8, 9, 8, 4112, PERSISTENT),
+        (8, 9, 8, 4112, SEATED),
+        (8, 9, 8, 9232, PERSISTENT),
         (16, 1, 48, 2064, SEATED_2),  # persistent blocks need longer for more rows
     ],
 )
@@ -221,6 +224,24 @@ def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> No
     assert divided(cache) == PERSISTENT
     plain = cache._replace(layout=CacheLayout(PATTERNS["strided blocks"]))
     assert divided(plain) == Division(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "slots", "want"),
+    [
+        (14, 8, 4112, Division(1)),  # no seats: what is read has to be converted, which takes longer
+        (9, 8, 4112, PERSISTENT),
+        (1, 32, 2064, Division(4)),
+        (1, 8, 2064, CLUSTER_OF_8),
+        (1, 5, 9232, Division(25)),
+    ],
+)
+def test_how_fp8_caches_are_divided(batch: int, kv_heads: int, slots: int, want: Division) -> None:
+    cache = cache_of(kv_heads, slots, batch, equal_lengths=True)
+    k = torch.empty(cache.k.shape, dtype=torch.float8_e4m3fn, device="meta")
+    scale = torch.ones(kv_heads, device="meta")
+    fp8 = cache._replace(k=k, v=k, k_scale=scale, v_scale=scale, given_dtype=torch.bfloat16)
+    assert divided(fp8) == want
 
 
 @pytest.mark.gpu
@@ -308,9 +329,9 @@ def test_seats_on_a_part_of_the_gpu(multiprocessors: int) -> None:
 @pytest.mark.gpu
 def test_fewer_seats_than_blocks_are_refused(poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     skip_without_hopper()
-    _, cache = model_and_cache(PATTERNS["causal"], "cuda", poison, batch=8)
-    q = torch.zeros(8, 1, 2 * cache.kv_heads, 128, dtype=cache.dtype, device="cuda")
-    for division in (Division(1, seats=8 * cache.kv_heads), Division(2, clustered=True, seats=132)):
+    model, cache = model_and_cache(PATTERNS["causal"], "cuda", poison, batch=8)
+    q = torch.zeros(8, 1, 2 * model.kv_heads, 128, dtype=model.dtype, device="cuda")
+    for division in (Division(1, seats=8 * model.kv_heads), Division(2, clustered=True, seats=132)):
         monkeypatch.setattr(decode, "division_of", lambda *_, division=division: division)
         with pytest.raises(ValueError, match="seats"):
             longgen_attn_with_kvcache(q, cache, backend="cuda")

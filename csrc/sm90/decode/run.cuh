@@ -88,22 +88,17 @@ struct EqualTiles {
   int first_owned;  // the tile that the first owner has; each next block has the next
   int first_owner;
 
-  // A block reads `unit` pairs in half a microsecond.
-  static __host__ __device__ __forceinline__ EqualTiles of(int tiles, int pairs, int blocks,
-                                                           int unit) {
-    const EqualTiles none{tiles, 0, blocks, tiles, 0};  // owns any
+  static __host__ __device__ __forceinline__ EqualTiles of(int tiles, int pairs, int blocks) {
     if (tiles >= blocks) {
-      if (pairs < kLeastWhole * unit) return none;
       const int shared = tiles - int(unsigned(tiles) / unsigned(blocks)) * blocks;
-      const int most_sharers = shared * max(kMostParts, pairs / (4 * unit));
+      const int most_sharers = shared * max(kMostParts, pairs / 4);
       return {shared, 0, max(1, min(blocks, most_sharers)), shared, 0};
     }
     const int sharers = blocks - tiles;
     const int begun =
-        int((float(pairs - kLead * unit) * float(sharers) - float(kPieceCost * unit * tiles)) /
-            float(blocks));
-    const bool are_late = kLeastPiece * unit * tiles > sharers * (pairs - begun);
-    if (2 * tiles < blocks || begun <= 0 || are_late) return none;
+        int((float(pairs - kLead) * float(sharers) - float(kPieceCost * tiles)) / float(blocks));
+    const bool are_late = kLeastPiece * tiles > sharers * (pairs - begun);
+    if (2 * tiles < blocks || begun <= 0 || are_late) return {tiles, 0, blocks, tiles, 0};
     return {tiles, begun, sharers, 0, sharers};
   }
 
@@ -135,8 +130,6 @@ struct EqualTiles {
   }
 
  private:
-  // In units. The least that a whole tile has: otherwise parts are merged later than those end.
-  static constexpr int kLeastWhole = 60;
   // Owners end so many pairs later than sharers, so that they find their parts.
   static constexpr int kLead = 2;
   // A piece takes a sharer as long as so many pairs more would, and at least as long as so many do.

@@ -13,10 +13,11 @@
 namespace longgen::sm90 {
 
 // Each launch takes each seat once, which is counted: between launches all seats have the same
-// count. Launches that take seats must not overlap until all have one.
+// count. Launches that count in one place must not take their seats at the same time.
 class Seats {
   static constexpr int kCountBits = 24;  // after so many launches counts begin from 0 again
   static constexpr int kPatience = 256;  // times a tenth of a microsecond or two
+  static constexpr int kRounds = 16;     // of all seats
 
  public:
   // `counts`: (1 + seats,), zeros before the first launch, of all seats together and of each.
@@ -31,10 +32,12 @@ class Seats {
     launch_ = decode::take_ticket(all_, seats_ << kCountBits) / seats_;
     if (is_free(atomicAdd(taken_ + own, 1u))) return own;
     atomicSub(taken_ + own, 1u);
-    for (unsigned seat = own;; seat = seat + 1 < seats_ ? seat + 1 : 0) {
+    for (unsigned i = 0, seat = own; i < kRounds * seats_; ++i) {
+      seat = seat + 1 < seats_ ? seat + 1 : 0;
       const uint32_t count = decode::tickets_taken(taken_ + seat);
       if (is_free(count) && atomicCAS(taken_ + seat, count, count + 1) == count) return seat;
     }
+    __trap();  // only if launches did: one round is enough otherwise
   }
 
   // Who has nothing to do stays until all have seats, as another block would come in its place; but

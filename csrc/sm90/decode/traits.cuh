@@ -58,9 +58,6 @@ struct DecodeTraits {
   // makes what a block waits for first arrive later.
   static constexpr int kStages = (kHeadDim <= 128 ? 16 : 32) * 1024 / kStageBytes;
 
-  // Of persistent blocks: pairs in 16 KB, at least one.
-  static constexpr int kUnit = kStageBytes < 16384 ? 16384 / kStageBytes : 1;
-
   // Where a row's element lies from the first box. Pieces of 16 bytes are exchanged by the number
   // of the 128 bytes that they lie in, so that those of eight neighbouring rows are in different
   // banks.

@@ -27,21 +27,30 @@ _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pai
 # Of keys and values that a persistent block reads, at least, where sequences may be ragged; that a tile has, at least,
 # where there are more tiles than multiprocessors.
 _RAGGED_BYTES, _LONG_BYTES = 2 << 20, 8 << 20
-_LEAST_IDLE = 10  # multiprocessors: of fewer it does not matter which
-# What a multiprocessor could read while blocks begin and merge, fitted to what was measured on an H200: blocks without
-# splits, splits that all run at once, others; persistent blocks, for tiles of up to 8 rows and of more; to take seats.
-_WHOLE_COST, _ROUND_COST, _ROUNDS_COST = 84 << 10, 144 << 10, 304 << 10
-_PERSISTENT_COST, _PERSISTENT_COST_OF_16 = 200 << 10, 240 << 10
+_LEAST_IDLE = 10  # multiprocessors: of fewer it matters little which
+# What follows was fitted to measurements on an H200, where it is said how much a multiprocessor could read in some time
+# if all were reading.
+#
+# While blocks begin and merge: a cluster; blocks without splits, splits that all run at once, others, those of fp8
+# caches, and each split more than 16; who takes a seat. Persistent blocks, for tiles of up to 8 rows, of more, and of
+# fp8 caches, and each part of a tile more than 8.
+_CLUSTER_COST = 100 << 10
+_WHOLE_COST, _ROUND_COST, _ROUNDS_COST, _ROUNDS_COST_OF_FP8 = 84 << 10, 144 << 10, 304 << 10, 404 << 10
+_MANY_SPLITS, _SPLIT_COST = 16, 1792
 _SEATS_COST = 20 << 10
-# How much longer than on average the slowest reads, of blocks that have equal shares but are not persistent; where a
-# sixth of the multiprocessors and more stay idle. The share of its time that a multiprocessor needs for what it reads
-# where others are idle, if it does not matter which, or those that do are chosen.
-_SLOWEST, _SLOWEST_OF_FEW = 1.005, 1.045
-_ALONE, _CHOSEN_ALONE = 0.945, 0.62
+_PERSISTENT_COST, _PERSISTENT_COST_OF_16, _PERSISTENT_COST_OF_FP8 = 200 << 10, 240 << 10, 330 << 10
+_MANY_PARTS, _PART_COST = 8, 5632
+# While blocks read that are not persistent: how much longer than on average the slowest does; of those that have seats;
+# of those where a sixth of the multiprocessors and more stay idle.
+_SLOWEST, _SLOWEST_SEATED, _SLOWEST_OF_FEW = 1.005, 1.01, 1.045
+# What share of that a multiprocessor needs where others are idle: nearly half of them, one of each pair; those without
+# seats; whichever. In a cluster of two, or few clusters; in others, which are not spread evenly over the GPU.
+_HALF_ALONE, _SEATED_ALONE, _ALONE = 0.505, 0.55, 0.945
+_PAIR_ALONE, _CLUSTER_ALONE = 0.49, 0.75
 
 
 class Division(NamedTuple):
-    """What thread blocks there are; the last four on Hopper alone."""
+    """What thread blocks there are; all but the splits on Hopper alone."""
 
     splits: int  # of a sequence
     clustered: bool = False  # whether they are a cluster
@@ -63,11 +72,15 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
     `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Where there are more tiles
     than multiprocessors and small blocks share out the work evenly without splits, in a round or two, they read while
     others begin or end; if all of them run at once and for long, places that the kernel ahead frees one by one suit
-    them less than all together, by what was measured. A cluster merges its splits sooner than blocks that meet in
-    global memory, but clusters do not fit on all multiprocessors: on half of them they do, which is enough to read what
-    is short. Persistent blocks even out what splits would not, and sequences of different lengths, and leave memory
-    idle the least where there is much to read, but they take longer to begin and to merge. What is long is theirs in
-    any case if sequences, by what is known, may differ much in length.
+    them less than all together, by what was measured. Persistent blocks have what is long if sequences, by what is
+    known, may differ much in length. Otherwise what takes the least time:
+
+    - A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit on all
+      multiprocessors: on half of them they do, and on some parts of the GPU more than on others.
+    - Splits, or whole tiles. Where some multiprocessors stay idle, blocks take seats, so that these are of all parts of
+      the GPU; not blocks of fp8 caches, which are not read that fast.
+    - Persistent blocks even out what splits would not, and leave memory idle the least where there is much to read, but
+      take longer to begin and to merge.
     """
     most = min(_MAX_SPLITS, max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT))
     if not bulk:
@@ -83,13 +96,12 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
     few_rounds = multiprocessors < blocks <= _SMALL_ROUNDS * at_once
     if can_be_small and few_rounds and num_splits(blocks, most, at_once) == 1:
         return Division(1, small_blocks=True, starts_early=blocks > at_once or nbytes < _LATE_BYTES)
-    cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
-    if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
-        return Division(cluster, clustered=True)
-    splits, seated, cost = _cheapest_splits(blocks, nbytes, most, multiprocessors)
-    if persistent and each + (_PERSISTENT_COST if rows <= 8 else _PERSISTENT_COST_OF_16) < cost:
-        return persistent
-    return Division(splits, seats=multiprocessors if seated else 0)
+    best, cost = _cheapest(blocks, nbytes, most, multiprocessors, cache.is_fp8)
+    beginning = _PERSISTENT_COST if rows <= 8 else _PERSISTENT_COST_OF_16
+    if cache.is_fp8:
+        beginning = _PERSISTENT_COST_OF_FP8
+    beginning += max(0, multiprocessors // blocks - _MANY_PARTS) * _PART_COST
+    return persistent if persistent and each + beginning < cost else best
 
 
 def _can_be_persistent(cache: CacheTensors, blocks: int) -> bool:
@@ -105,24 +117,34 @@ def _may_be_ragged(cache: CacheTensors) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _cheapest_splits(blocks: int, nbytes: int, most: int, multiprocessors: int) -> tuple[int, bool, float]:
-    """The number of splits that takes the least time, whether they take seats, and how much one of the multiprocessors
-    could read in it."""
+def _cheapest(blocks: int, nbytes: int, most: int, multiprocessors: int, is_fp8: bool) -> tuple[Division, float]:
+    """Of clusters and splits what takes the least time, and how much one of the multiprocessors could read in it."""
     each = blocks * nbytes / multiprocessors
 
-    def cost(splits: int, seated: bool) -> float:
-        own, rounds = nbytes / splits, math.ceil(blocks * splits / multiprocessors)
-        beginning = _WHOLE_COST if splits == 1 else _ROUND_COST if rounds == 1 else _ROUNDS_COST
-        if not seated:
-            return _SLOWEST * max(each, _ALONE * rounds * own) + beginning
-        slowest = _SLOWEST_OF_FEW if 6 * blocks * splits <= 5 * multiprocessors else _SLOWEST
-        return max(slowest * each, _CHOSEN_ALONE * own) + beginning + _SEATS_COST
+    def cost(way: Division) -> float:
+        count, own = blocks * way.splits, nbytes / way.splits
+        if way.clustered:
+            are_spread = way.splits == 2 or 4 * count <= multiprocessors
+            alone = 1.0 if is_fp8 else _PAIR_ALONE if are_spread else _CLUSTER_ALONE
+            return alone * own + _CLUSTER_COST
+        rounds = math.ceil(count / multiprocessors)
+        of_rounds = _ROUNDS_COST_OF_FP8 if is_fp8 else _ROUNDS_COST
+        beginning = _WHOLE_COST if way.splits == 1 else _ROUND_COST if rounds == 1 else of_rounds
+        beginning += max(0, way.splits - _MANY_SPLITS) * _SPLIT_COST
+        if way.seats > 0:
+            slowest = _SLOWEST_OF_FEW if 6 * count <= 5 * multiprocessors else _SLOWEST_SEATED
+            return max(slowest * each, _SEATED_ALONE * own) + beginning + _SEATS_COST
+        are_half = 2 * count <= multiprocessors - 2 and not is_fp8
+        return _SLOWEST * max(each, (_HALF_ALONE if are_half else _ALONE) * rounds * own) + beginning
 
-    def ways() -> Iterator[tuple[int, bool]]:
+    def ways() -> Iterator[Division]:
+        cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
+        if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
+            yield Division(cluster, clustered=True)
         for splits in range(1, max(1, most) + 1):
-            yield splits, False
-            if blocks * splits <= multiprocessors - _LEAST_IDLE and multiprocessors < SEAT_COUNTS:
-                yield splits, True
+            yield Division(splits)
+            if blocks * splits <= multiprocessors - _LEAST_IDLE and multiprocessors < SEAT_COUNTS and not is_fp8:
+                yield Division(splits, seats=multiprocessors)
 
-    best = min(ways(), key=lambda way: cost(*way))
-    return *best, cost(*best)
+    best = min(ways(), key=cost)
+    return best, cost(best)
