@@ -118,6 +118,9 @@ class SparseKVCache(KVCache):
     A token that no later query can see is overwritten by a later one; nothing is ever moved. A dense pattern gives a
     plain full cache, so that one class serves every layer of a hybrid model.
 
+    On a GPU the calls of one cache, those that only read it too, must follow each other: on one stream, or on streams
+    that wait.
+
     Args:
         pattern: what later queries see; not a block mask, which may show any key again.
         batch, kv_heads, head_dim: sizes.
@@ -178,8 +181,9 @@ class SparseKVCache(KVCache):
         self.grows = grows
         shape = (batch, kv_heads, self.layout.slots(max_seqlen, kv_heads), head_dim)
         self.k, self.v = (torch.empty(shape, dtype=cache_dtype or dtype, device=device) for _ in range(2))
-        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+        # Not last: who counts with them may start early, beside the kernel that fills what comes behind.
         self.tickets = torch.zeros(tickets_needed(batch, kv_heads), dtype=torch.int32, device=device)
+        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         self._longest = 0  # no sequence has more tokens
         self._cropped = 0  # no sequence has been longer by more tokens than it is
         self._equal = True

@@ -125,8 +125,9 @@ class PagedKVCache(KVCache):
         self.k, self.v, self.dtype = pool.k, pool.v, pool.dtype
         self.k_scale, self.v_scale = pool.k_scale, pool.v_scale
         device, kv_heads = pool.k.device, pool.k.shape[1]
-        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
+        # Not last: who counts with them may start early, beside the kernel that fills what comes behind.
         self.tickets = torch.zeros(tickets_needed(batch, kv_heads), dtype=torch.int32, device=device)
+        self.seqlens = torch.zeros(batch, dtype=torch.int32, device=device)
         entries = -(-self.layout.slots(max_seqlen, kv_heads) // pool.page_size)
         self.block_table = torch.full((batch, entries), -1, dtype=torch.int32, device=device)
         self._table = [[-1] * entries for _ in range(batch)]

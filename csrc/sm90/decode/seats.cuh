@@ -1,10 +1,9 @@
 // Which multiprocessors have the blocks of the decode kernel, where there are fewer blocks.
 //
-// Left to itself, the GPU leaves those idle that happened to be idle before. A cluster of
-// multiprocessors (GPC) that is full then reads slower than one that is not: its blocks are late,
-// by up to a tenth of the time. So there are as many blocks as multiprocessors, each takes the seat
-// with its multiprocessor's number, and who has one of the first seats has nothing to do: pairs of
-// neighbouring numbers are of different clusters.
+// The GPU is two halves, each with half of the bandwidth to memory, and which multiprocessors it
+// leaves idle is chance: a half that is full is late then. So there are as many blocks as
+// multiprocessors, each takes the seat with its multiprocessor's number, and who has one of the
+// first seats has nothing to do: those numbers, in pairs, go round all parts of the GPU.
 #pragma once
 
 #include "arch/sm90/dependent_launch.cuh"

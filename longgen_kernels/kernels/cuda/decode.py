@@ -138,12 +138,13 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
     seat_counts = tickets.data_ptr() + (tickets.numel() - SEAT_COUNTS) * tickets.element_size()
+    starts_early = hopper and division.starts_early and cache.tickets is not None  # others are not yet zeros then
     # By position: as keywords they would cost the host more than an allocation.
     arguments = (
         *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(), seat_counts,
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
-        division.splits, hopper and division.starts_early, bulk, division.clustered, division.small_blocks,
+        division.splits, starts_early, bulk, division.clustered, division.small_blocks,
         division.persistent_blocks, division.seats, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):
