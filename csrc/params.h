@@ -212,8 +212,8 @@ struct DecodeParams {
   // in bulk, where chunks are neighbouring slots; and then, whether the splits (up to 8) are a
   // cluster, or else blocks are to be small, where that is possible (16 bits, head_dim up to 128,
   // one split), or, of up to 32 sequences, how many share out all work evenly (0: each has one
-  // split). Of how many multiprocessors those with the first numbers are to stay idle, if none of
-  // these and more than there are blocks (0: whichever do).
+  // split); and of blocks that are none of these, and fewer than multiprocessors, how many of those
+  // (up to 255) there are: the ones with the first numbers stay idle (0: whichever do).
   int32_t starts_early, bulk, clustered, small_blocks, persistent_blocks, seats;
   // Results of the splits, or nullptr where there is one or they are clustered: (batch, kv_heads,
   // row tiles, splits, rows of a tile, head_dim), and 2 in place of the last dimension. Of

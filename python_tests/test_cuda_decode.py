@@ -154,7 +154,7 @@ SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits i
         (100, 9232, PERSISTENT),
         (100, 2064, SEATED),  # for less than it takes them to begin and to merge
         (120, 2064, SEATED),
-        (124, 2064, Division(1)),  # who of eight multiprocessors is idle does not matter
+        (124, 2064, Division(1)),  # which eight multiprocessors are idle matters little
         (40, 9232, SEATED_3),
         (40, 2064, Division(3)),  # what is short does not wait for seats
         (28, 9232, SEATED_4),
@@ -331,7 +331,11 @@ def test_fewer_seats_than_blocks_are_refused(poison: Any, monkeypatch: pytest.Mo
     skip_without_hopper()
     model, cache = model_and_cache(PATTERNS["causal"], "cuda", poison, batch=8)
     q = torch.zeros(8, 1, 2 * model.kv_heads, 128, dtype=model.dtype, device="cuda")
-    for division in (Division(1, seats=8 * model.kv_heads), Division(2, clustered=True, seats=132)):
+    for division in (
+        Division(1, seats=8 * model.kv_heads),
+        Division(1, seats=256),
+        Division(2, clustered=True, seats=132),
+    ):
         monkeypatch.setattr(decode, "division_of", lambda *_, division=division: division)
         with pytest.raises(ValueError, match="seats"):
             longgen_attn_with_kvcache(q, cache, backend="cuda")

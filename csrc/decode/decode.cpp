@@ -76,8 +76,9 @@ void attn_decode(const DecodeParams& given) {
   params.row_tiles = (rows + rows_per_tile - 1) / rows_per_tile;
   const int64_t blocks =
       int64_t(params.splits) * params.cache.batch * params.cache.kv_heads * params.row_tiles;
-  if (params.seats > 0 && params.seats <= blocks)
-    throw std::invalid_argument("there must be more seats than blocks");
+  constexpr int kMaxSeats = 255;  // which the kernel counts to 2^24 in 32 bits
+  if (params.seats > kMaxSeats || (params.seats > 0 && params.seats <= blocks))
+    throw std::invalid_argument("there must be more seats than blocks, and at most 255");
   if (params.seats > 0 && (params.clustered || params.small_blocks || params.persistent_blocks > 0))
     throw std::invalid_argument(
         "seats are for big blocks that are neither clustered nor persistent");

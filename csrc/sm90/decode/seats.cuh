@@ -1,7 +1,7 @@
 // Which multiprocessors have the blocks of the decode kernel, where there are fewer blocks.
 //
-// The GPU is two halves, each with half of the bandwidth to memory, and which multiprocessors it
-// leaves idle is chance: a half that is full is late then. So there are as many blocks as
+// The GPU is like two halves, each with half of the bandwidth to memory, and which multiprocessors
+// it leaves idle is chance: a half that is full is late then. So there are as many blocks as
 // multiprocessors, each takes the seat with its multiprocessor's number, and who has one of the
 // first seats has nothing to do: those numbers, in pairs, go round all parts of the GPU.
 #pragma once
