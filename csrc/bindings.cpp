@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 
 #include "cuda_check.h"
 #include "params.h"
+#include "pattern_code.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -58,47 +60,13 @@ AttnState attn_state(Address out, const Strides& out_stride, Address lse,
 const int32_t* as_ints(Address address) { return reinterpret_cast<const int32_t*>(address); }
 float* as_floats(Address address) { return reinterpret_cast<float*>(address); }
 
-// The ints of Python's `pattern.encode()`, and a block mask's rows and columns (0: none, or not
-// needed).
-PatternParams parse_pattern(const std::array<int32_t, 9>& code, Address mask_rows,
-                            Address mask_cols = 0) {
-  PatternParams p{};
-  p.causal = code[1];
-  int block_size = 0;
-  if (code[0] == 0) {
-    p.sink = code[2];
-    if (code[3] >= 0) {
-      p.window_kind = Window::kTokens;
-      p.window = code[3];
-    } else if (code[4] >= 0) {
-      p.window_kind = Window::kBlocks;
-      p.window = code[4];
-    }
-    p.stride = code[5];
-    block_size = code[6];
-    if (p.stride != 0) {  // reduced, so that phase_step * head cannot overflow
-      p.phase_step = code[7] % p.stride;
-      p.phase_offset = code[8] % p.stride;
-    }
-  } else {
-    p.mask_rows = as_ints(mask_rows);
-    p.mask_heads = code[2];
-    p.mask_q_blocks = code[3];
-    p.mask_cols = as_ints(mask_cols);
-    p.mask_k_blocks = code[4];
-    block_size = code[5];
-  }
-  while ((1 << p.log2_block) < block_size) ++p.log2_block;
-  return p;
-}
-
 // A cache's arguments, as Python passes them.
 CacheParams cache_params(const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch,
                          int kv_heads, int head_dim, int slots, int pages, int log2_page,
                          int pool_pages, const std::string& dtype, Address k, Address v,
                          const Strides& strides, Address seqlens, Address block_table) {
   CacheParams cache{};
-  cache.pattern = parse_pattern(pattern, 0);
+  cache.pattern = parse_pattern(pattern, nullptr);
   cache.ring = ring;
   cache.sink_slots = sink_slots;
   cache.batch = batch;
@@ -163,7 +131,7 @@ PYBIND11_MODULE(_C, m) {
            Address q_starts, Address k_starts, Address block_table, int pages, int page_size,
            int table_pages, Address stream) {
           AttentionFwdParams params{};
-          params.pattern = parse_pattern(pattern, mask_rows);
+          params.pattern = parse_pattern(pattern, as_ints(mask_rows));
           params.batch = batch;
           params.seqlen_q = seqlen_q;
           params.seqlen_k = seqlen_k;
@@ -202,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
          int multiprocessors) {
         static const int32_t kAnyOffsets[1] = {};
         AttentionBwdParams params{};
-        params.pattern = parse_pattern(pattern, 0);
+        params.pattern = parse_pattern(pattern, nullptr);
         params.batch = batch;
         params.seqlen_q = seqlen_q;
         params.seqlen_k = seqlen_k;
@@ -234,7 +202,7 @@ PYBIND11_MODULE(_C, m) {
          Address k_starts, bool deterministic, int multiprocessors, Address stats, Address dq_sum,
          Address partials, Address next_item, Address stream) {
         AttentionBwdParams params{};
-        params.pattern = parse_pattern(pattern, mask_rows, mask_cols);
+        params.pattern = parse_pattern(pattern, as_ints(mask_rows), as_ints(mask_cols));
         params.batch = batch;
         params.seqlen_q = seqlen_q;
         params.seqlen_k = seqlen_k;
@@ -305,46 +273,54 @@ PYBIND11_MODULE(_C, m) {
           cache_append(params);
         });
 
-  m.def(
-      "attn_decode",
-      [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
-         int head_dim, int slots, int pages, int log2_page, int pool_pages,
-         const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
-         Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
-         Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
-         Address tickets, Address seat_counts, int n, int q_heads, int q_offset,
-         float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
-         int splits, bool starts_early, bool bulk, bool clustered, bool small_blocks,
-         int persistent_blocks, int seats, Address part_out, Address part_weights, Address stream) {
-        DecodeParams params{};
-        params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
-                                    pages, log2_page, pool_pages, dtype, k_cache, v_cache,
-                                    cache_strides, seqlens, block_table);
-        params.scales = cache_scales(k_scale, v_scale);
-        params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
-        params.tickets = reinterpret_cast<uint32_t*>(tickets);
-        params.seat_counts = reinterpret_cast<uint32_t*>(seat_counts);
-        params.n = n;
-        params.q_heads = q_heads;
-        params.q_offset = q_offset;
-        params.softmax_scale = softmax_scale;
-        params.q = reinterpret_cast<const void*>(q);
-        params.q_strides = out_strides(q_strides);
-        params.out = reinterpret_cast<void*>(out);
-        params.lse = reinterpret_cast<float*>(lse);
-        params.splits = splits;
-        params.starts_early = starts_early;
-        params.bulk = bulk;
-        params.clustered = clustered;
-        params.small_blocks = small_blocks;
-        params.persistent_blocks = persistent_blocks;
-        params.seats = seats;
-        params.part_out = reinterpret_cast<float*>(part_out);
-        params.part_weights = reinterpret_cast<float*>(part_weights);
-        params.stream = as_stream(stream);
-        py::gil_scoped_release release;
-        attn_decode(params);
-      });
+  m.def("attn_decode",
+        [](const std::array<int32_t, 9>& pattern, int ring, int sink_slots, int batch, int kv_heads,
+           int head_dim, int slots, int pages, int log2_page, int pool_pages,
+           const std::string& dtype, Address k_cache, Address v_cache, const Strides& cache_strides,
+           Address seqlens, Address block_table, Address k_scale, Address v_scale, Address k,
+           Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
+           Address tickets, Address seat_counts, int n, int q_heads, int q_offset,
+           float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
+           int splits, bool starts_early, bool bulk, bool clustered, bool small_blocks,
+           int persistent_blocks, int seats, const std::array<uint64_t, 4>& idle_seats,
+           Address part_out, Address part_weights, Address stream) {
+          DecodeParams params{};
+          params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
+                                      pages, log2_page, pool_pages, dtype, k_cache, v_cache,
+                                      cache_strides, seqlens, block_table);
+          params.scales = cache_scales(k_scale, v_scale);
+          params.new_tokens = new_tokens_params(k, v, new_strides, n_new, counts, advance);
+          params.tickets = reinterpret_cast<uint32_t*>(tickets);
+          params.seat_counts = reinterpret_cast<uint32_t*>(seat_counts);
+          params.n = n;
+          params.q_heads = q_heads;
+          params.q_offset = q_offset;
+          params.softmax_scale = softmax_scale;
+          params.q = reinterpret_cast<const void*>(q);
+          params.q_strides = out_strides(q_strides);
+          params.out = reinterpret_cast<void*>(out);
+          params.lse = reinterpret_cast<float*>(lse);
+          params.splits = splits;
+          params.starts_early = starts_early;
+          params.bulk = bulk;
+          params.clustered = clustered;
+          params.small_blocks = small_blocks;
+          params.persistent_blocks = persistent_blocks;
+          params.seats = seats;
+          std::copy(idle_seats.begin(), idle_seats.end(), params.idle_seats);
+          params.part_out = reinterpret_cast<float*>(part_out);
+          params.part_weights = reinterpret_cast<float*>(part_weights);
+          params.stream = as_stream(stream);
+          py::gil_scoped_release release;
+          attn_decode(params);
+        });
+
+  m.def("measure_l2_latencies", [](int multiprocessors, int lines, int stride, Address memory,
+                                   Address latencies, Address stream) {
+    py::gil_scoped_release release;
+    measure_l2_latencies({multiprocessors, lines, stride, reinterpret_cast<uint32_t*>(memory),
+                          reinterpret_cast<int32_t*>(latencies), as_stream(stream)});
+  });
 
   m.def(
       "merge_attn_states",

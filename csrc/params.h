@@ -213,8 +213,9 @@ struct DecodeParams {
   // cluster, or else blocks are to be small, where that is possible (16 bits, head_dim up to 128,
   // one split), or, of up to 32 sequences, how many share out all work evenly (0: each has one
   // split); and of blocks that are none of these, and fewer than multiprocessors, how many of those
-  // (up to 255) there are: the ones with the first numbers stay idle (0: whichever do).
+  // there are (up to 255; 0: whichever do stay idle), and a bit for each that is to stay idle.
   int32_t starts_early, bulk, clustered, small_blocks, persistent_blocks, seats;
+  uint64_t idle_seats[4];
   // Results of the splits, or nullptr where there is one or they are clustered: (batch, kv_heads,
   // row tiles, splits, rows of a tile, head_dim), and 2 in place of the last dimension. Of
   // persistent blocks (blocks, 2, rows of a tile, head_dim), and likewise.
@@ -230,6 +231,15 @@ struct DecodeParams {
   CacheScales scales;
 };
 
+struct L2LatencyParams {
+  int32_t multiprocessors, lines;
+  int32_t stride;    // from one line to the next, in elements
+  uint32_t* memory;  // (lines * stride + 1,), zeros
+  int32_t*
+      latencies;  // (multiprocessors * lines + 1,), cycles; the last becomes 1 after all others
+  cudaStream_t stream;
+};
+
 // Each enqueues its kernel on `stream` of the current device, allocates nothing, waits for nothing,
 // and throws std::runtime_error when the launch fails. Empty shapes launch nothing.
 void merge_attn_states(const MergeParams& params);
@@ -241,6 +251,7 @@ void attn_bwd_sm90(const AttentionBwdParams& params);
 BwdWorkspace attn_bwd_sm90_workspace(const AttentionBwdParams& params);
 void cache_append(const CacheAppendParams& params);
 void attn_decode(const DecodeParams& params);
+void measure_l2_latencies(const L2LatencyParams& params);
 
 // Rows of the query that a thread block of `attn_decode` has, given all rows of a KV head: what the
 // sizes of part_out and tickets follow from.

@@ -67,6 +67,7 @@ def attn_decode(
     counts: int,
     advance: bool,
     tickets: int,
+    seat_counts: int,
     n: int,
     q_heads: int,
     q_offset: int,
@@ -81,10 +82,15 @@ def attn_decode(
     clustered: bool,
     small_blocks: bool,
     persistent_blocks: int,
+    seats: int,
+    idle_seats: tuple[int, ...],
     part_out: int,
     part_weights: int,
     stream: int,
     /,
+) -> None: ...
+def measure_l2_latencies(
+    multiprocessors: int, lines: int, stride: int, memory: int, latencies: int, stream: int, /
 ) -> None: ...
 def merge_attn_states(
     *,

@@ -51,8 +51,9 @@ extern "C" int check_runs(int tiles, const int* pairs, const int* places, int bl
 }
 
 // The same of equal tiles. Tile t has pairs[t] pairs, where the first one's were expected.
-extern "C" int check_equal_tiles(int tiles, const int* pairs, int blocks, int* longest) {
-  const EqualTiles equal = EqualTiles::of(tiles, pairs[0], blocks);
+extern "C" int check_equal_tiles(int tiles, const int* pairs, int blocks, int octets,
+                                 int* longest) {
+  const EqualTiles equal = EqualTiles::of(tiles, pairs[0], blocks, octets);
   const int places = (equal.begun > 0 ? equal.begun : pairs[0]) + kBeginning;
   std::vector<std::vector<int>> reads(tiles);
   std::vector<int> parts(tiles, -1), ended(tiles), written(2 * blocks);

@@ -15,7 +15,7 @@ from torch import Tensor
 from longgen_kernels import SparseKVCache, longgen_attn_with_kvcache
 from longgen_kernels.cache_layout import CacheLayout
 from longgen_kernels.kernels.cache_problem import SEAT_COUNTS, CacheTensors
-from longgen_kernels.kernels.cuda import decode
+from longgen_kernels.kernels.cuda import decode, seating
 from longgen_kernels.kernels.cuda.division import Division, division_of
 
 WAYS = {  # whether through shared memory, and how the work is divided
@@ -324,6 +324,40 @@ def test_seats_on_a_part_of_the_gpu(multiprocessors: int) -> None:
     finally:
         context.pop_context()
     assert all(torch.equal(x, right) for x, right in got)
+
+
+@pytest.mark.gpu
+def test_halves_of_the_gpu_are_measured_alike_again() -> None:
+    skip_without_hopper()
+    device = torch.device("cuda", torch.cuda.current_device())
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    halves = []
+    for _ in range(3):
+        measurement = seating._Measurement(device, count)
+        torch.cuda.synchronize()
+        assert sorted(measurement.order()) == list(range(count))
+        seen = seating._halves(measurement.latencies.double())
+        assert seen is not None
+        halves.append(seen.is_first)
+    assert count / 3 < halves[0].sum() < count * 2 / 3
+    assert all(torch.equal(x, halves[0]) for x in halves)
+
+
+@pytest.mark.gpu
+def test_seats_in_a_graph_before_the_halves_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_hopper()
+    steps, want, _ = seated_steps()
+    monkeypatch.setattr(seating, "_measurements", {})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = [run() for run in steps]
+    assert not seating._measurements
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(x, right) for x, right in zip(got, want, strict=True))
+    for _ in range(20):  # as they become known
+        assert all(torch.equal(run(), right) for run, right in zip(steps, want, strict=True))
+    assert all(measurement.order() for measurement in seating._measurements.values())
 
 
 @pytest.mark.gpu

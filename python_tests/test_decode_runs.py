@@ -51,15 +51,16 @@ def test_sequences_of_any_length(
     pairs=st.integers(0, 300) | st.integers(0, 5000),
     more=st.lists(st.integers(-3, 3), min_size=1, max_size=5),
     blocks=st.integers(1, 140),
+    octets=st.sampled_from([1, 2]),
 )
-@example(tiles=96, pairs=128, more=[0], blocks=132)
-@example(tiles=136, pairs=64, more=[0], blocks=132)
-@example(tiles=28, pairs=288, more=[0], blocks=132)
-def test_equal_tiles(tiles: int, pairs: int, more: list[int], blocks: int, library: ctypes.CDLL) -> None:
+@example(tiles=96, pairs=128, more=[0], blocks=132, octets=1)
+@example(tiles=136, pairs=64, more=[0], blocks=132, octets=2)
+@example(tiles=28, pairs=288, more=[0], blocks=132, octets=1)
+def test_equal_tiles(tiles: int, pairs: int, more: list[int], blocks: int, octets: int, library: ctypes.CDLL) -> None:
     """Each pair is read once, and each part has a place of its own."""
     array = np.array([max(pairs + (more[t % len(more)] if t > 0 else 0), 0) for t in range(tiles)], dtype=np.int32)
     longest = ctypes.c_int()
-    assert library.check_equal_tiles(tiles, address(array), blocks, ctypes.byref(longest)) == 0
+    assert library.check_equal_tiles(tiles, address(array), blocks, octets, ctypes.byref(longest)) == 0
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_equal_tiles_are_shared_out_evenly(tiles: int, pairs: int, more: float, 
     """By how much the block of 132 that has the most to read has more than on average."""
     longest = ctypes.c_int()
     array = np.full(tiles, pairs, dtype=np.int32)
-    assert library.check_equal_tiles(tiles, address(array), 132, ctypes.byref(longest)) == 0
+    assert library.check_equal_tiles(tiles, address(array), 132, 1, ctypes.byref(longest)) == 0
     assert longest.value <= math.ceil(tiles * pairs / 132 * (1 + more))
 
 

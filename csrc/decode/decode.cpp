@@ -57,6 +57,17 @@ void of_head_dim(const DecodeParams& params) {
   }
 }
 
+// How many of the seats are to stay idle; -1: some that there are not.
+int64_t idle_of(const DecodeParams& params) {
+  int64_t count = 0;
+  for (int i = 0; i < 256; ++i) {
+    if ((params.idle_seats[i / 64] >> i % 64 & 1) == 0) continue;
+    if (i >= params.seats) return -1;
+    ++count;
+  }
+  return count;
+}
+
 }  // namespace decode
 
 int decode_rows_per_tile(int rows, int head_dim) { return rows > 8 && head_dim <= 128 ? 16 : 8; }
@@ -82,6 +93,8 @@ void attn_decode(const DecodeParams& given) {
   if (params.seats > 0 && (params.clustered || params.small_blocks || params.persistent_blocks > 0))
     throw std::invalid_argument(
         "seats are for big blocks that are neither clustered nor persistent");
+  if (params.seats > 0 && decode::idle_of(params) != params.seats - blocks)
+    throw std::invalid_argument("as many seats must stay idle as there are more than blocks");
   params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
   switch (params.cache.dtype) {
     case DType::kFloat16:

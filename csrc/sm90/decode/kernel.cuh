@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   int split = blockIdx.x, number = blockIdx.y, sequence = blockIdx.z;
   if (!Traits::kSmall && params.seats > 0) {
     const int tiles = params.cache.kv_heads * params.row_tiles;  // of a sequence
-    const int block = take_seat(params, params.cache.batch * tiles * splits, shared.seat);
+    const int block = take_seat(params, shared.seated_block);
     if (block < 0) return;
     const int index = unsigned(block) / unsigned(splits);
     split = block - index * splits;

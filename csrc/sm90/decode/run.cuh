@@ -88,10 +88,12 @@ struct EqualTiles {
   int first_owned;  // the tile that the first owner has; each next block has the next
   int first_owner;
 
-  static __host__ __device__ __forceinline__ EqualTiles of(int tiles, int pairs, int blocks) {
+  // Tiles have so many octets of rows.
+  static __host__ __device__ __forceinline__ EqualTiles of(int tiles, int pairs, int blocks,
+                                                           int octets) {
     if (tiles >= blocks) {
       const int shared = tiles - int(unsigned(tiles) / unsigned(blocks)) * blocks;
-      const int most_sharers = shared * max(kMostParts, pairs / 4);
+      const int most_sharers = shared * max(kMostParts, pairs * (9 - octets) / 32);
       return {shared, 0, max(1, min(blocks, most_sharers)), shared, 0};
     }
     const int sharers = blocks - tiles;

@@ -1,9 +1,9 @@
 // Which multiprocessors have the blocks of the decode kernel, where there are fewer blocks.
 //
-// The GPU is like two halves, each with half of the bandwidth to memory, and which multiprocessors
-// it leaves idle is chance: a half that is full is late then. So there are as many blocks as
-// multiprocessors, each takes the seat with its multiprocessor's number, and who has one of the
-// first seats has nothing to do: those numbers, in pairs, go round all parts of the GPU.
+// The GPU is two halves, each with half of the bandwidth to memory, and which multiprocessors it
+// leaves idle is chance: a half that is full is late then. So there are as many blocks as
+// multiprocessors, each takes the seat with its multiprocessor's number, and who has a seat that is
+// to stay idle has nothing to do. The host knows the halves, from l2_latencies.cu.
 #pragma once
 
 #include "arch/sm90/dependent_launch.cuh"
@@ -57,12 +57,25 @@ class Seats {
   uint32_t launch_ = 0;
 };
 
-// Returns which of so many blocks this one is, or less than 0 if it has nothing to do.
-__device__ __forceinline__ int take_seat(const DecodeParams& params, int blocks, int& shared_seat) {
+// The block that has a seat, of which there are as many as seats before it that do not stay idle.
+// -1: this one does.
+__device__ __forceinline__ int block_of_seat(const uint64_t (&idle)[4], int seat) {
+  int block = (idle[seat / 64] >> seat % 64 & 1) != 0 ? -1 : seat;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int before = min(max(seat - 64 * i, 0), 64);  // seats that this word is about
+    const uint64_t bits = before == 64 ? ~0ull : (1ull << before) - 1;
+    if (block >= 0) block -= __popcll(idle[i] & bits);
+  }
+  return block;
+}
+
+// Returns which block this one is, or less than 0 if it has nothing to do.
+__device__ __forceinline__ int take_seat(const DecodeParams& params, int& shared_block) {
   Seats seats(params.seat_counts, params.seats);
-  if (threadIdx.x == 0) shared_seat = seats.take();
+  if (threadIdx.x == 0) shared_block = block_of_seat(params.idle_seats, seats.take());
   __syncthreads();
-  const int block = shared_seat - (params.seats - blocks);
+  const int block = shared_block;
   if (block < 0) {
     let_next_kernel_start();
     if (threadIdx.x == 0) seats.stay();

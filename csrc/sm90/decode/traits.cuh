@@ -80,8 +80,9 @@ struct DecodeTraits {
   };
   using Factors = decode::Factors<T, Cached>;
   using Found = decode::Found<kRows, kHeadDim>;
-  // Elements of a row that a thread merges: 256 threads have a tile of head_dim 128.
-  static constexpr int kEach = 4 * kOctets;
+  // Elements of a row that a thread merges: 256 threads have a tile of head_dim 128, or 128 of a
+  // small block's 160, which would otherwise go over it twice.
+  static constexpr int kEach = (kSmall ? 8 : 4) * kOctets;
   // Parts that are read at once to be merged, as many as fit in registers: on 132 multiprocessors 8
   // heads have up to 18.
   static constexpr int kPartsAtOnce = kPersistent ? 8 / kOctets : kOctets == 1 ? 20 : 16;
@@ -96,7 +97,7 @@ struct DecodeTraits {
     float2 part_out[kMaxCluster == 1 ? 1 : kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
-    int seat;
+    int seated_block;
     // Of a persistent block, with each warp's tasks, which take up no registers here: the next one
     // or the last; of those that merge, three by number.
     Meeting<kWarps, kMergers> meeting;

@@ -76,7 +76,7 @@ class Work {
     const int pairs = is_there ? pairs_of(params, old_, end_) : 0;
     const int pairs_of_first = __shfl_sync(kAll, pairs, 0);
     const bool are_equal = __all_sync(kAll, !is_there || pairs == pairs_of_first);
-    if (are_equal) equal_ = EqualTiles::of(all, pairs_of_first, gridDim.x);
+    if (are_equal) equal_ = EqualTiles::of(all, pairs_of_first, gridDim.x, Traits::kOctets);
     places_ = is_there ? equal_.shared_of(pairs) + kBeginning : 0;
     const int upto = sum_upto(each * places_);
     int row = __shfl_sync(kAll, upto, 31), blocks = gridDim.x;

@@ -22,6 +22,7 @@ from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current
 from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd
 from longgen_kernels.kernels.cuda.division import division_of
 from longgen_kernels.kernels.cuda.extension import available
+from longgen_kernels.kernels.cuda.seating import NO_IDLE_SEATS, idle_seats
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import MAX_POSITION
 
@@ -137,6 +138,9 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         part_out = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
+    idle = NO_IDLE_SEATS
+    if division.seats > 0:
+        idle = idle_seats(q.device, multiprocessors(q.device), division.seats, blocks * division.splits)
     seat_counts = tickets.data_ptr() + (tickets.numel() - SEAT_COUNTS) * tickets.element_size()
     starts_early = hopper and division.starts_early and cache.tickets is not None  # others are not yet zeros then
     # By position: as keywords they would cost the host more than an allocation.
@@ -145,7 +149,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
         division.splits, starts_early, bulk, division.clustered, division.small_blocks,
-        division.persistent_blocks, division.seats, address(part_out), address(part_weights), current_stream(q),
+        division.persistent_blocks, division.seats, idle, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):
         _C.attn_decode(*arguments)

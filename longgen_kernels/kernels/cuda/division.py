@@ -40,9 +40,8 @@ _MANY_SPLITS, _SPLIT_COST = 16, 1792
 _SEATS_COST = 20 << 10
 _PERSISTENT_COST, _PERSISTENT_COST_OF_16, _PERSISTENT_COST_OF_FP8 = 200 << 10, 240 << 10, 330 << 10
 _MANY_PARTS, _PART_COST = 8, 5632
-# While blocks read that are not persistent: how much longer than on average the slowest does; of those that have seats;
-# of those where a sixth of the multiprocessors and more stay idle.
-_SLOWEST, _SLOWEST_SEATED, _SLOWEST_OF_FEW = 1.005, 1.01, 1.045
+# While blocks read that are neither persistent nor have seats: how much longer than on average the slowest does.
+_SLOWEST = 1.005
 # What share of that a multiprocessor needs where others are idle: nearly half of them, one of each pair; those without
 # seats; whichever. In a cluster of two, or few clusters; in others, which are not spread evenly over the GPU.
 _HALF_ALONE, _SEATED_ALONE, _ALONE = 0.505, 0.55, 0.945
@@ -57,7 +56,7 @@ class Division(NamedTuple):
     small_blocks: bool = False  # whether a multiprocessor holds two
     starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
     persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
-    seats: int = 0  # multiprocessors, of which those with the first numbers stay idle; 0: whichever do
+    seats: int = 0  # multiprocessors, of which as many of either half of the GPU are at work; 0: whichever are
 
     def parts(self, blocks: int) -> int:
         """How many results of parts of sequences meet in global memory."""
@@ -132,8 +131,7 @@ def _cheapest(blocks: int, nbytes: int, most: int, multiprocessors: int, is_fp8:
         beginning = _WHOLE_COST if way.splits == 1 else _ROUND_COST if rounds == 1 else of_rounds
         beginning += max(0, way.splits - _MANY_SPLITS) * _SPLIT_COST
         if way.seats > 0:
-            slowest = _SLOWEST_OF_FEW if 6 * count <= 5 * multiprocessors else _SLOWEST_SEATED
-            return max(slowest * each, _SEATED_ALONE * own) + beginning + _SEATS_COST
+            return max(each, _SEATED_ALONE * own) + beginning + _SEATS_COST
         are_half = 2 * count <= multiprocessors - 2 and not is_fp8
         return _SLOWEST * max(each, (_HALF_ALONE if are_half else _ALONE) * rounds * own) + beginning
 
