@@ -281,9 +281,10 @@ PYBIND11_MODULE(_C, m) {
            Address v, const Strides& new_strides, int n_new, Address counts, bool advance,
            Address tickets, Address seat_counts, int n, int q_heads, int q_offset,
            float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
-           int splits, bool starts_early, bool bulk, bool clustered, bool small_blocks,
-           int persistent_blocks, int seats, const std::array<uint64_t, 4>& idle_seats,
-           Address part_out, Address part_weights, Address stream) {
+           int splits, int whole_tiles, bool starts_early, bool bulk, bool clustered,
+           bool small_blocks, int persistent_blocks, int seats,
+           const std::array<uint64_t, 4>& idle_seats, Address part_out, Address part_weights,
+           Address stream) {
           DecodeParams params{};
           params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
                                       pages, log2_page, pool_pages, dtype, k_cache, v_cache,
@@ -301,6 +302,7 @@ PYBIND11_MODULE(_C, m) {
           params.out = reinterpret_cast<void*>(out);
           params.lse = reinterpret_cast<float*>(lse);
           params.splits = splits;
+          params.whole_tiles = whole_tiles;
           params.starts_early = starts_early;
           params.bulk = bulk;
           params.clustered = clustered;

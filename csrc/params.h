@@ -205,20 +205,23 @@ struct DecodeParams {
   float softmax_scale;
   const void* q;  // (batch, n, q_heads, head_dim), 16-byte aligned
   OutStrides q_strides;
-  void* out;   // (batch, n, q_heads, head_dim), contiguous
-  float* lse;  // (batch, q_heads, n), contiguous
-  int32_t splits;
-  // On Hopper: whether the kernel may start before the one ahead of it has ended; whether it copies
-  // in bulk, where chunks are neighbouring slots; and then, whether the splits (up to 8) are a
-  // cluster, or else blocks are to be small, where that is possible (16 bits, head_dim up to 128,
-  // one split), or, of up to 32 sequences, how many share out all work evenly (0: each has one
-  // split); and of blocks that are none of these, and fewer than multiprocessors, how many of those
-  // there are (up to 255; 0: whichever do stay idle), and a bit for each that is to stay idle.
-  int32_t starts_early, bulk, clustered, small_blocks, persistent_blocks, seats;
+  void* out;       // (batch, n, q_heads, head_dim), contiguous
+  float* lse;      // (batch, q_heads, n), contiguous
+  int32_t splits;  // of a tile
+  // On Hopper:
+  int32_t starts_early;  // whether the kernel may start before the one ahead of it has ended
+  int32_t bulk;         // whether it copies in bulk, where chunks are neighbouring slots; and then:
+  int32_t whole_tiles;  // the first so many have one split all the same
+  int32_t clustered;    // whether the splits, up to 8, are a cluster
+  int32_t small_blocks;       // whether blocks are small: of 16 bits, head_dim up to 128, one split
+  int32_t persistent_blocks;  // which share out all work of up to 32 sequences evenly; 0: no
+  // If there are fewer blocks than multiprocessors, and these are none of those: how many
+  // multiprocessors, up to 255, and a bit for each that is to stay idle; 0: whichever do.
+  int32_t seats;
   uint64_t idle_seats[4];
-  // Results of the splits, or nullptr where there is one or they are clustered: (batch, kv_heads,
-  // row tiles, splits, rows of a tile, head_dim), and 2 in place of the last dimension. Of
-  // persistent blocks (blocks, 2, rows of a tile, head_dim), and likewise.
+  // Results of the splits, or nullptr where there is one or they are clustered: (tiles that are not
+  // whole, splits, rows of a tile, head_dim), and 2 in place of the last dimension. Of persistent
+  // blocks (blocks, 2, rows of a tile, head_dim), and likewise.
   float* part_out;
   float* part_weights;
   uint32_t* tickets;      // (batch + batch * kv_heads * row tiles,), zeros before and after

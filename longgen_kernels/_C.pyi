@@ -77,6 +77,7 @@ def attn_decode(
     out: int,
     lse: int,
     splits: int,
+    whole_tiles: int,
     starts_early: bool,
     bulk: bool,
     clustered: bool,

@@ -25,6 +25,7 @@ WAYS = {  # whether through shared memory, and how the work is divided
     "a cluster of eight": (True, Division(8, clustered=True)),
     "through memory": (True, Division(5)),
     "through memory, more splits than are read at once": (True, Division(37)),
+    "some tiles whole": (True, Division(5, whole_tiles=3)),
     "small blocks": (True, Division(1, small_blocks=True)),
     "small blocks that do not start early": (True, Division(1, small_blocks=True, starts_early=False)),
     "persistent blocks": (True, Division(1, persistent_blocks=132)),
@@ -361,18 +362,29 @@ def test_seats_in_a_graph_before_the_halves_are_known(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.gpu
-def test_fewer_seats_than_blocks_are_refused(poison: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("division", "message"),
+    [
+        (Division(1, seats=16), "more seats"),
+        (Division(1, seats=256), "at most 255"),
+        (Division(2, clustered=True, seats=132), "neither clustered"),
+        (Division(2, whole_tiles=16), "fewer tiles"),
+        (Division(2, whole_tiles=-1), "fewer tiles"),
+        (Division(2, whole_tiles=1, clustered=True), "big blocks"),
+        (Division(2, whole_tiles=1, seats=132), "without seats"),
+        (Division(129), "splits"),
+        (Division(0), "splits"),
+    ],
+)
+def test_divisions_that_there_cannot_be_are_refused(
+    division: Division, message: str, poison: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     skip_without_hopper()
     model, cache = model_and_cache(PATTERNS["causal"], "cuda", poison, batch=8)
     q = torch.zeros(8, 1, 2 * model.kv_heads, 128, dtype=model.dtype, device="cuda")
-    for division in (
-        Division(1, seats=8 * model.kv_heads),
-        Division(1, seats=256),
-        Division(2, clustered=True, seats=132),
-    ):
-        monkeypatch.setattr(decode, "division_of", lambda *_, division=division: division)
-        with pytest.raises(ValueError, match="seats"):
-            longgen_attn_with_kvcache(q, cache, backend="cuda")
+    monkeypatch.setattr(decode, "division_of", lambda *_: division)
+    with pytest.raises(ValueError, match=message):
+        longgen_attn_with_kvcache(q, cache, backend="cuda")
 
 
 @pytest.mark.gpu

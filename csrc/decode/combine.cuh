@@ -254,7 +254,7 @@ template <typename Traits, typename OfWarp>
 __device__ __forceinline__ void merge_splits(const DecodeParams& params, const Tile& tile,
                                              const typename Traits::Factors& factors, int split,
                                              int splits, OfWarp found) {
-  const int64_t first = tile.index * splits;
+  const int64_t first = (tile.index - params.whole_tiles) * splits;
   const auto place_of = [first](int p) { return first + p; };
   SharedTile<Traits, decltype(place_of)>(params, tile, split, splits, place_of)
       .merge_block(BlockTeam<Traits::kThreads>(), false, factors, found);

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "decode/grid.h"
 #include "params.h"
 
 namespace longgen {
@@ -68,33 +69,44 @@ int64_t idle_of(const DecodeParams& params) {
   return count;
 }
 
+void check_blocks(const DecodeParams& params) {
+  constexpr int kMaxSplits = 128, kMaxSequences = 32;
+  constexpr int kMaxSeats = 255;  // which the kernel counts to 2^24 in 32 bits
+  const auto demand = [](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+  };
+  const bool persistent = params.persistent_blocks > 0;
+  const bool plain = params.bulk && !params.clustered && !params.small_blocks && !persistent;
+  demand(params.splits >= 1 && params.splits <= kMaxSplits, "splits must be from 1 to 128");
+  demand(!persistent || params.cache.batch <= kMaxSequences,
+         "persistent blocks are for up to 32 sequences");
+  if (params.whole_tiles != 0) {
+    demand(params.whole_tiles > 0 && params.whole_tiles < tiles_of(params),
+           "fewer tiles than there are may be whole");
+    demand(plain && params.seats == 0,
+           "whole tiles before others are for big blocks without seats");
+  }
+  if (params.seats == 0) return;
+  demand(params.seats <= kMaxSeats && params.seats > blocks_of(params),
+         "there must be more seats than blocks, and at most 255");
+  demand(plain, "seats are for big blocks that are neither clustered nor persistent");
+  demand(idle_of(params) == params.seats - blocks_of(params),
+         "as many seats must stay idle as there are more than blocks");
+}
+
 }  // namespace decode
 
 int decode_rows_per_tile(int rows, int head_dim) { return rows > 8 && head_dim <= 128 ? 16 : 8; }
 
 void attn_decode(const DecodeParams& given) {
-  constexpr int kMaxSplits = 128;
   if (given.cache.batch == 0 || given.n == 0) return;
-  if (given.splits < 1 || given.splits > kMaxSplits)
-    throw std::invalid_argument("splits must be from 1 to 128");
-  if (given.persistent_blocks > 0 && given.cache.batch > 32)
-    throw std::invalid_argument("persistent blocks are for up to 32 sequences");
   DecodeParams params = given;
   params.group = params.q_heads / params.cache.kv_heads;
   params.group_reciprocal = (65536 + params.group - 1) / params.group;
   const int rows = params.n * params.group;
   const int rows_per_tile = decode_rows_per_tile(rows, params.cache.head_dim);
   params.row_tiles = (rows + rows_per_tile - 1) / rows_per_tile;
-  const int64_t blocks =
-      int64_t(params.splits) * params.cache.batch * params.cache.kv_heads * params.row_tiles;
-  constexpr int kMaxSeats = 255;  // which the kernel counts to 2^24 in 32 bits
-  if (params.seats > kMaxSeats || (params.seats > 0 && params.seats <= blocks))
-    throw std::invalid_argument("there must be more seats than blocks, and at most 255");
-  if (params.seats > 0 && (params.clustered || params.small_blocks || params.persistent_blocks > 0))
-    throw std::invalid_argument(
-        "seats are for big blocks that are neither clustered nor persistent");
-  if (params.seats > 0 && decode::idle_of(params) != params.seats - blocks)
-    throw std::invalid_argument("as many seats must stay idle as there are more than blocks");
+  decode::check_blocks(params);
   params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
   switch (params.cache.dtype) {
     case DType::kFloat16:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda_check.h"
+#include "decode/grid.h"
 #include "decode/kernel.cuh"
 #include "decode/traits.cuh"
 

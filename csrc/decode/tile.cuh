@@ -21,11 +21,6 @@ struct Tile {
   }
 };
 
-// Splits, KV heads times row tiles, sequences.
-inline dim3 grid_of(const DecodeParams& params) {
-  return dim3(params.splits, params.cache.kv_heads * params.row_tiles, params.cache.batch);
-}
-
 // A sequence's tile of this number.
 template <int kRows>
 __device__ __forceinline__ Tile tile_of(const DecodeParams& params, int sequence, int number) {

@@ -73,14 +73,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
   const int warp = decode::uniform(threadIdx.x / 32);
-  const int splits = Traits::kSmall ? 1 : params.splits;
+  const int tiles = params.cache.kv_heads * params.row_tiles;  // of a sequence
+  int splits = Traits::kSmall ? 1 : params.splits;
   int split = blockIdx.x, number = blockIdx.y, sequence = blockIdx.z;
-  if (!Traits::kSmall && params.seats > 0) {
-    const int tiles = params.cache.kv_heads * params.row_tiles;  // of a sequence
-    const int block = take_seat(params, shared.seated_block);
+  if (!Traits::kSmall && (params.seats > 0 || params.whole_tiles > 0)) {
+    const int block = params.seats > 0 ? take_seat(params, shared.seated_block) : blockIdx.x;
     if (block < 0) return;
-    const int index = unsigned(block) / unsigned(splits);
-    split = block - index * splits;
+    const int behind = block - params.whole_tiles;
+    if (behind < 0) splits = 1;
+    const int split_tiles = behind < 0 ? 0 : unsigned(behind) / unsigned(splits);
+    const int index = behind < 0 ? block : params.whole_tiles + split_tiles;
+    split = behind < 0 ? 0 : behind - split_tiles * splits;
     sequence = unsigned(index) / unsigned(tiles);
     number = index - sequence * tiles;
   }
@@ -133,7 +136,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   __syncthreads();
   // Every thread has read the length. The last block of the sequence to come here adds the new
   // tokens to it, in the end: meanwhile the answer is on its way.
-  const uint32_t blocks = splits * params.cache.kv_heads * params.row_tiles;
+  const int whole = min(max(params.whole_tiles - tile.sequence * tiles, 0), tiles);
+  const uint32_t blocks = whole + (tiles - whole) * (Traits::kSmall ? 1 : params.splits);
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
     ticket = decode::take_ticket(params.tickets + tile.sequence, blocks);

@@ -4,6 +4,7 @@
 #include <array>
 
 #include "cuda_check.h"
+#include "decode/grid.h"
 #include "sm90/decode/kernel.cuh"
 #include "sm90/decode/persistent.cuh"
 #include "sm90/tensor_map.h"

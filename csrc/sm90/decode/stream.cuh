@@ -289,8 +289,9 @@ class BulkStream {
     const uint32_t parity = parity_ >> at & 1;
     // The next keys are asked for as soon as these are read; but where big blocks follow each other
     // on each multiprocessor, when the values have come: memory is 0.2 to 0.6% faster so.
+    const bool are_rounds = params_.splits == 1 || params_.whole_tiles > 0;
     const bool at_once =
-        Traits::kSmall || Traits::kPersistent || Traits::kBytes == 1 || params_.splits > 1;
+        Traits::kSmall || Traits::kPersistent || Traits::kBytes == 1 || !are_rounds;
     full(at, 0).wait(parity);
     if (!whole) complete(0, keys_at, partial, fresh);
 

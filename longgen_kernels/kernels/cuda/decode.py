@@ -148,7 +148,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(), seat_counts,
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
-        division.splits, starts_early, bulk, division.clustered, division.small_blocks,
+        division.splits, division.whole_tiles, starts_early, bulk, division.clustered, division.small_blocks,
         division.persistent_blocks, division.seats, idle, address(part_out), address(part_weights), current_stream(q),
     )  # fmt: skip
     with on_device(q):

@@ -51,18 +51,19 @@ _PAIR_ALONE, _CLUSTER_ALONE = 0.49, 0.75
 class Division(NamedTuple):
     """What thread blocks there are; all but the splits on Hopper alone."""
 
-    splits: int  # of a sequence
+    splits: int  # of a tile
+    whole_tiles: int = 0  # the first so many have one split all the same
     clustered: bool = False  # whether they are a cluster
     small_blocks: bool = False  # whether a multiprocessor holds two
     starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
     persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
     seats: int = 0  # multiprocessors, of which as many of either half of the GPU are at work; 0: whichever are
 
-    def parts(self, blocks: int) -> int:
-        """How many results of parts of sequences meet in global memory."""
+    def parts(self, tiles: int) -> int:
+        """How many results of parts of tiles meet in global memory."""
         if self.persistent_blocks > 0:
             return 2 * self.persistent_blocks
-        return blocks * self.splits if self.splits > 1 and not self.clustered else 0
+        return (tiles - self.whole_tiles) * self.splits if self.splits > 1 and not self.clustered else 0
 
 
 def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool) -> Division:
