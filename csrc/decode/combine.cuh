@@ -222,7 +222,7 @@ class SharedTile {
       const auto read = [&](int p) {
         return keeps && p == mine_ ? part : parts_.load(place_of_(p), row, column);
       };
-      constexpr int kFew = 4, kMany = Traits::kPartsAtOnce;
+      constexpr int kMany = Traits::kPartsAtOnce, kFew = kMany < 4 ? kMany : 4;
       store_result<T>(
           params_, tile_, row, column,
           kMany <= kFew || count_ <= kFew ? merge<kFew>(count_, read) : merge<kMany>(count_, read),

@@ -65,6 +65,43 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
   }
 }
 
+// What this block has: one of the splits of a tile. Blocks are a grid of splits, tiles and
+// sequences, or stand in a row: first a block for each tile that is whole, then those with splits.
+template <typename Traits>
+struct Assignment {
+  int sequence, number, split, splits;  // number: of the sequence's tile; less than 0: it has none
+
+  __device__ Assignment(const DecodeParams& params, int& shared_block)
+      : sequence(blockIdx.z), number(blockIdx.y), split(blockIdx.x), splits(params.splits) {
+    const bool has_seat = !Traits::kSmall && params.seats > 0;
+    if (!has_seat && params.whole_tiles == 0) return;
+    const int block = has_seat ? take_seat(params, shared_block) : blockIdx.x;
+    const int tiles = params.cache.kv_heads * params.row_tiles, behind = block - params.whole_tiles;
+    int index = block;
+    if (behind < 0) {
+      split = 0;
+      splits = 1;
+    } else {
+      const int before = unsigned(behind) / unsigned(splits);
+      split = behind - before * splits;
+      index = params.whole_tiles + before;
+    }
+    sequence = unsigned(index) / unsigned(tiles);
+    number = block < 0 ? -1 : index - sequence * tiles;
+  }
+  __device__ __forceinline__ bool is_idle() const { return number < 0; }
+  __device__ __forceinline__ decode::Tile tile(const DecodeParams& params) const {
+    return decode::tile_of<Traits::kRows>(params, sequence, number);
+  }
+};
+
+// How many blocks have a split of one of the sequence's tiles.
+__device__ __forceinline__ int blocks_of_sequence(const DecodeParams& params, int sequence) {
+  const int tiles = params.cache.kv_heads * params.row_tiles;
+  const int whole = min(max(params.whole_tiles - sequence * tiles, 0), tiles);
+  return whole + (tiles - whole) * params.splits;
+}
+
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     decode_kernel(const __grid_constant__ DecodeParams params,
@@ -73,21 +110,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
   const int warp = decode::uniform(threadIdx.x / 32);
-  const int tiles = params.cache.kv_heads * params.row_tiles;  // of a sequence
-  int splits = Traits::kSmall ? 1 : params.splits;
-  int split = blockIdx.x, number = blockIdx.y, sequence = blockIdx.z;
-  if (!Traits::kSmall && (params.seats > 0 || params.whole_tiles > 0)) {
-    const int block = params.seats > 0 ? take_seat(params, shared.seated_block) : blockIdx.x;
-    if (block < 0) return;
-    const int behind = block - params.whole_tiles;
-    if (behind < 0) splits = 1;
-    const int split_tiles = behind < 0 ? 0 : unsigned(behind) / unsigned(splits);
-    const int index = behind < 0 ? block : params.whole_tiles + split_tiles;
-    split = behind < 0 ? 0 : behind - split_tiles * splits;
-    sequence = unsigned(index) / unsigned(tiles);
-    number = index - sequence * tiles;
-  }
-  const decode::Tile tile = decode::tile_of<Traits::kRows>(params, sequence, number);
+  const Assignment<Traits> assigned(params, shared.seated_block);
+  if (assigned.is_idle()) return;
+  const int split = assigned.split, splits = assigned.splits;
+  if (threadIdx.x == 0) shared.split = {split, splits};  // for later
+  const decode::Tile tile = assigned.tile(params);
   // The length before the kernels ahead have ended is most often the one after, and what follows
   // from it is found while they end; not so with pages, which they may move without a trace.
   // Another block may make the sequence longer below, when all have read its length.
@@ -136,8 +163,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   __syncthreads();
   // Every thread has read the length. The last block of the sequence to come here adds the new
   // tokens to it, in the end: meanwhile the answer is on its way.
-  const int whole = min(max(params.whole_tiles - tile.sequence * tiles, 0), tiles);
-  const uint32_t blocks = whole + (tiles - whole) * (Traits::kSmall ? 1 : params.splits);
+  const uint32_t blocks = blocks_of_sequence(params, tile.sequence);
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
     ticket = decode::take_ticket(params.tickets + tile.sequence, blocks);
@@ -150,10 +176,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   };
   rows.store(found(warp));
   __syncthreads();
+  const int2 split_again = shared.split;
   if (clustered) {
-    merge_through_cluster<Traits>(params, tile, factors, split, shared, found);
+    merge_through_cluster<Traits>(params, tile, factors, split_again.x, shared, found);
   } else {
-    decode::merge_splits<Traits>(params, tile, factors, split, splits, found);
+    decode::merge_splits<Traits>(params, tile, factors, split_again.x, split_again.y, found);
   }
   if (ticket == blocks - 1)
     atomicAdd(params.cache.seqlens + tile.sequence,

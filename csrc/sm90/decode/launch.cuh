@@ -62,7 +62,7 @@ void launch(const DecodeParams& params) {
 template <typename T, typename Cached, int kHeadDim, int kOctets>
 void launch_of_size(const DecodeParams& params) {
   if constexpr (kHeadDim <= 128 && sizeof(Cached) == 2) {
-    if (params.small_blocks && params.splits == 1)
+    if (params.small_blocks)
       return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kSmall>>(params);
   }
   if (params.persistent_blocks > 0)

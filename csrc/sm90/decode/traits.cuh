@@ -85,7 +85,10 @@ struct DecodeTraits {
   static constexpr int kEach = (kSmall ? 8 : 4) * kOctets;
   // Parts that are read at once to be merged, as many as fit in registers: on 132 multiprocessors 8
   // heads have up to 18.
-  static constexpr int kPartsAtOnce = kPersistent ? 8 / kOctets : kOctets == 1 ? 20 : 16;
+  static constexpr int kPartsAtOnce = kSmall         ? 4 / kOctets
+                                      : kPersistent  ? 8 / kOctets
+                                      : kOctets == 1 ? 20
+                                                     : 16;
   // Stages of all warps, and one more of the last.
   static constexpr int kAllStages = kWarps * kStages + 1;
   struct Shared {
@@ -98,6 +101,7 @@ struct DecodeTraits {
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
     int seated_block;
+    int2 split;  // which, of how many
     // Of a persistent block, with each warp's tasks, which take up no registers here: the next one
     // or the last; of those that merge, three by number.
     Meeting<kWarps, kMergers> meeting;
