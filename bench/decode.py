@@ -111,7 +111,7 @@ SWEEP = {
     case.name: case
     for name, pattern in (("2048", _2048), ("3072", _3072), ("4096", _4096), ("9216", _9216))
     for group in (4, 8, 16)
-    for batch in (*range(4, 19), *range(20, 30, 2), 32)
+    for batch in (*range(4, 19), *range(20, 34, 2), *range(36, 68, 4))
     for case in [DecodeCase(f"gqa{group}_{name}_batch_{batch}", pattern, batch, q_heads=8 * group, kv_heads=8)]
     if 128e6 <= case.nbytes <= 1.25e9
 }

@@ -215,8 +215,9 @@ struct DecodeParams {
   int32_t clustered;    // whether the splits, up to 8, are a cluster
   int32_t small_blocks;       // whether blocks are small: of 16 bits, head_dim up to 128, one split
   int32_t persistent_blocks;  // which share out all work of up to 32 sequences evenly; 0: no
-  // If there are fewer blocks than multiprocessors, and these are none of those: how many
-  // multiprocessors, up to 255, and a bit for each that is to stay idle; 0: whichever do.
+  // If blocks, neither clustered nor persistent, are fewer than run at once: how many
+  // multiprocessors there are, up to 255, and a bit for each that has one less than others, or
+  // none; 0: whichever do. There is one big block less than multiprocessors, at least.
   int32_t seats;
   uint64_t idle_seats[4];
   // Results of the splits, or nullptr where there is one or they are clustered: (tiles that are not
@@ -225,11 +226,13 @@ struct DecodeParams {
   float* part_out;
   float* part_weights;
   uint32_t* tickets;      // (batch + batch * kv_heads * row tiles,), zeros before and after
-  uint32_t* seat_counts;  // (1 + seats,), zeros at first, then as the kernel leaves them
+  uint32_t* seat_counts;  // (1 + seats,), for blocks of one size; zeros at first, then as the
+                          // kernel leaves them
   cudaStream_t stream;
   // Set by the launch.
   float scale_log2;
   int32_t group, row_tiles;
+  int32_t items;              // splits of all tiles
   uint32_t group_reciprocal;  // 2^16 / group, rounded up
   CacheScales scales;
 };

@@ -26,6 +26,8 @@ WAYS = {  # whether through shared memory, and how the work is divided
     "through memory": (True, Division(5)),
     "through memory, more splits than are read at once": (True, Division(37)),
     "some tiles whole": (True, Division(5, whole_tiles=3)),
+    "some tiles whole, small blocks": (True, Division(3, whole_tiles=2, small_blocks=True)),
+    "small blocks with seats": (True, Division(1, small_blocks=True, seats=132)),
     "small blocks": (True, Division(1, small_blocks=True)),
     "small blocks that do not start early": (True, Division(1, small_blocks=True, starts_early=False)),
     "persistent blocks": (True, Division(1, persistent_blocks=132)),
@@ -134,6 +136,7 @@ CLUSTER_OF_2, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2,
 SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for early in (True, False))
 PERSISTENT = Division(1, persistent_blocks=132)
 SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits in (1, 2, 3, 4))
+SEATED_SMALL = Division(1, small_blocks=True, seats=132)
 
 
 @pytest.mark.parametrize(
@@ -149,25 +152,29 @@ SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits i
         (8, 131072, Division(16)),
         (64, 64, Division(1)),
         (132, 9232, Division(1)),
-        (198, 2064, PERSISTENT),  # small blocks would fill 3/4 of their places
-        (198, 9232, PERSISTENT),
+        (184, 2064, PERSISTENT),  # small blocks would fill less than 3/4 of their places
+        (198, 2064, SEATED_SMALL),
+        (198, 9232, SEATED_SMALL),
         (160, 9232, PERSISTENT),
-        (100, 9232, PERSISTENT),
+        (100, 9232, SEATED),
         (100, 2064, SEATED),  # for less than it takes them to begin and to merge
         (120, 2064, SEATED),
         (124, 2064, Division(1)),  # which eight multiprocessors are idle matters little
-        (40, 9232, SEATED_3),
+        (40, 9232, SEATED_2),
         (40, 2064, Division(3)),  # what is short does not wait for seats
-        (28, 9232, SEATED_4),
-        (36, 9232, PERSISTENT),  # three splits would leave 24 multiprocessors idle
+        (28, 9232, SEATED_3),
+        (36, 9232, SEATED_3),
         (64, 9232, Division(2)),
         (132, 32768, Division(1)),
-        (32, 131072, PERSISTENT),
+        (32, 131072, SEATED_3),
         (256, 2064, SMALL),
         (264, 9232, SMALL_AND_LATE),
         (512, 9232, SMALL),
         (384, 9232, Division(1)),
-        (1024, 2064, Division(1)),
+        (1024, 2064, SMALL),
+        (280, 2064, Division(4, whole_tiles=214, small_blocks=True)),  # the last 66 in 264 pieces
+        (416, 2064, Division(8, whole_tiles=383, small_blocks=True)),
+        (448, 2064, Division(4, whole_tiles=382, small_blocks=True)),
     ],
 )
 def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
@@ -188,7 +195,7 @@ def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
         ("causal", 8, 32, 9232, SMALL_AND_LATE),
         ("causal", 8, 32, 32768, PERSISTENT),
         ("causal", 32, 32, 131072, PERSISTENT),
-        ("causal", 33, 32, 131072, Division(1)),  # a lane of a warp knows the length of one sequence
+        ("causal", 33, 32, 131072, SMALL),  # a lane of a warp knows the length of one sequence
     ],
 )
 def test_how_sequences_that_may_differ_in_length_are_divided(
@@ -207,10 +214,10 @@ def test_how_sequences_that_may_differ_in_length_are_divided(
         (16, 8, 8, 131072, PERSISTENT),
         (16, 8, 8, 32768, Division(2)),
         (16, 8, 1, 131072, Division(16)),
-        (16, 5, 8, 32768, SEATED_3),
+        (16, 5, 8, 32768, SEATED_2),
         (8, 12, 8, 4112, SEATED),
         (8, 9, 8, 4112, SEATED),
-        (8, 9, 8, 9232, PERSISTENT),
+        (8, 9, 8, 9232, SEATED),
         (16, 1, 48, 2064, SEATED_2),  # persistent blocks need longer for more rows
     ],
 )
@@ -270,7 +277,14 @@ def test_ragged_batches_of_persistent_blocks(
 def seated_steps() -> tuple[list[Callable[[], Tensor]], list[Tensor], list[SparseKVCache]]:
     """Steps of caches of several sizes whose blocks take seats, what each gives, and the caches."""
     steps, want, caches = [], [], []
-    for batch, kv_heads, splits in ((15, 8, 1), (5, 8, 3), (1, 100, 1), (2, 2, 5)):
+    for batch, kv_heads, splits, small in (
+        (15, 8, 1, False),
+        (5, 8, 3, False),
+        (1, 100, 1, False),
+        (2, 2, 5, False),
+        (25, 8, 1, True),
+        (1, 140, 1, True),
+    ):
         pattern = PATTERNS["sink and window"]
         cache = SparseKVCache(pattern, batch, kv_heads, 128, max_seqlen=9000, dtype=torch.bfloat16, device="cuda")
         cache.k.normal_()
@@ -278,13 +292,14 @@ def seated_steps() -> tuple[list[Callable[[], Tensor]], list[Tensor], list[Spars
         cache.seqlens.copy_(torch.arange(batch) * 37 + 300)
         q = torch.randn(batch, 1, 4 * kv_heads, 128, dtype=torch.bfloat16, device="cuda")
 
-        def run(seats: int, q: Tensor = q, cache: SparseKVCache = cache, splits: int = splits) -> Tensor:
+        def run(q: Tensor, cache: SparseKVCache, division: Division) -> Tensor:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(decode, "division_of", lambda *_: Division(splits, seats=seats))
+                patch.setattr(decode, "division_of", lambda *_: division)
                 return longgen_attn_with_kvcache(q, cache, backend="cuda")
 
-        want.append(run(0))
-        steps.append(partial(run, 132))
+        division = Division(splits, small_blocks=small)
+        want.append(run(q, cache, division))
+        steps.append(partial(run, q, cache, division._replace(seats=132)))
         caches.append(cache)
     return steps, want, caches
 
@@ -304,9 +319,11 @@ def test_seats_of_launches_that_run_at_once() -> None:
     torch.cuda.synchronize()
     assert all(torch.equal(x, right) for x, right in got)
     for cache in caches:
-        tickets, counts = cache.tickets[:-SEAT_COUNTS], cache.tickets[-SEAT_COUNTS:]
+        tickets, counts = cache.tickets[: -2 * SEAT_COUNTS], cache.tickets[-2 * SEAT_COUNTS :].view(2, -1)
         assert tickets.count_nonzero() == 0
-        assert counts.tolist() == [100 * 132] + [100] * 132 + [0] * (SEAT_COUNTS - 133)
+        small = 2 if cache.batch == 25 or cache.kv_heads == 140 else 0  # of each multiprocessor
+        for each, of_size in ((small, counts[0]), (0 if small else 1, counts[1])):
+            assert of_size.tolist() == [100 * each * 132] + [100 * each] * 132 + [0] * (SEAT_COUNTS - 133)
 
 
 @pytest.mark.gpu
@@ -365,12 +382,15 @@ def test_seats_in_a_graph_before_the_halves_are_known(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("division", "message"),
     [
-        (Division(1, seats=16), "more seats"),
-        (Division(1, seats=256), "at most 255"),
+        (Division(1, seats=16), "a seat for each"),
+        (Division(1, seats=256), "up to 255"),
+        (Division(1, small_blocks=True, seats=256), "up to 255"),
+        (Division(1, small_blocks=True, seats=7), "a seat for each"),
+        (Division(1, persistent_blocks=132, seats=132), "nor persistent"),
         (Division(2, clustered=True, seats=132), "neither clustered"),
         (Division(2, whole_tiles=16), "fewer tiles"),
         (Division(2, whole_tiles=-1), "fewer tiles"),
-        (Division(2, whole_tiles=1, clustered=True), "big blocks"),
+        (Division(2, whole_tiles=1, clustered=True), "without seats"),
         (Division(2, whole_tiles=1, seats=132), "without seats"),
         (Division(129), "splits"),
         (Division(0), "splits"),

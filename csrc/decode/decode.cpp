@@ -76,22 +76,25 @@ void check_blocks(const DecodeParams& params) {
     if (!holds) throw std::invalid_argument(what);
   };
   const bool persistent = params.persistent_blocks > 0;
-  const bool plain = params.bulk && !params.clustered && !params.small_blocks && !persistent;
+  const bool plain = params.bulk && !params.clustered && !persistent;
   demand(params.splits >= 1 && params.splits <= kMaxSplits, "splits must be from 1 to 128");
   demand(!persistent || params.cache.batch <= kMaxSequences,
          "persistent blocks are for up to 32 sequences");
   if (params.whole_tiles != 0) {
     demand(params.whole_tiles > 0 && params.whole_tiles < tiles_of(params),
            "fewer tiles than there are may be whole");
-    demand(plain && params.seats == 0,
-           "whole tiles before others are for big blocks without seats");
+    demand(plain && params.seats == 0, "whole tiles before others are for blocks without seats");
   }
   if (params.seats == 0) return;
-  demand(params.seats <= kMaxSeats && params.seats > blocks_of(params),
-         "there must be more seats than blocks, and at most 255");
-  demand(plain, "seats are for big blocks that are neither clustered nor persistent");
-  demand(idle_of(params) == params.seats - blocks_of(params),
-         "as many seats must stay idle as there are more than blocks");
+  const bool small =
+      params.small_blocks && params.cache.head_dim <= 128 && params.scales.k == nullptr;
+  const int64_t blocks = blocks_of(params), more = blocks % params.seats;
+  demand(plain, "seats are for blocks that are neither clustered nor persistent");
+  demand(params.seats > 0 && params.seats <= kMaxSeats, "there may be up to 255 seats");
+  demand(small ? blocks <= 2 * params.seats : blocks < params.seats,
+         "there must be a seat for each block, and for one more big one");
+  demand(idle_of(params) == (more == 0 ? 0 : params.seats - more),
+         "as many must stay idle as there are more seats than blocks");
 }
 
 }  // namespace decode
@@ -107,6 +110,7 @@ void attn_decode(const DecodeParams& given) {
   const int rows_per_tile = decode_rows_per_tile(rows, params.cache.head_dim);
   params.row_tiles = (rows + rows_per_tile - 1) / rows_per_tile;
   decode::check_blocks(params);
+  params.items = decode::blocks_of(params);
   params.scale_log2 = params.softmax_scale * 1.4426950408889634f;
   switch (params.cache.dtype) {
     case DType::kFloat16:

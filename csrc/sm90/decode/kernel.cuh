@@ -65,35 +65,30 @@ __device__ __forceinline__ void merge_through_cluster(const DecodeParams& params
   }
 }
 
-// What this block has: one of the splits of a tile. Blocks are a grid of splits, tiles and
-// sequences, or stand in a row: first a block for each tile that is whole, then those with splits.
-template <typename Traits>
+// What a block does: one of the splits of a tile, of the sequence's tile of that number.
 struct Assignment {
-  int sequence, number, split, splits;  // number: of the sequence's tile; less than 0: it has none
-
-  __device__ Assignment(const DecodeParams& params, int& shared_block)
-      : sequence(blockIdx.z), number(blockIdx.y), split(blockIdx.x), splits(params.splits) {
-    const bool has_seat = !Traits::kSmall && params.seats > 0;
-    if (!has_seat && params.whole_tiles == 0) return;
-    const int block = has_seat ? take_seat(params, shared_block) : blockIdx.x;
-    const int tiles = params.cache.kv_heads * params.row_tiles, behind = block - params.whole_tiles;
-    int index = block;
-    if (behind < 0) {
-      split = 0;
-      splits = 1;
-    } else {
-      const int before = unsigned(behind) / unsigned(splits);
-      split = behind - before * splits;
-      index = params.whole_tiles + before;
-    }
-    sequence = unsigned(index) / unsigned(tiles);
-    number = block < 0 ? -1 : index - sequence * tiles;
-  }
-  __device__ __forceinline__ bool is_idle() const { return number < 0; }
-  __device__ __forceinline__ decode::Tile tile(const DecodeParams& params) const {
-    return decode::tile_of<Traits::kRows>(params, sequence, number);
-  }
+  int sequence, number, split, splits;
 };
+
+// Blocks are a grid of splits, tiles and sequences. Or there is a row of items: first one for each
+// tile that is whole, then those of tiles with splits. Who has a seat does `item`, others the item
+// of their number.
+__device__ __forceinline__ Assignment assignment(const DecodeParams& params, int item) {
+  if (params.seats == 0) item = blockIdx.x;
+  if (params.seats == 0 && params.whole_tiles == 0)
+    return {int(blockIdx.z), int(blockIdx.y), item, params.splits};
+  const int tiles = params.cache.kv_heads * params.row_tiles;  // of a sequence
+  int index = item, split = 0, splits = 1;
+  if (item >= params.whole_tiles) {
+    const int behind = item - params.whole_tiles;
+    splits = params.splits;
+    const int before = unsigned(behind) / unsigned(splits);
+    index = params.whole_tiles + before;
+    split = behind - before * splits;
+  }
+  const int sequence = unsigned(index) / unsigned(tiles);
+  return {sequence, index - sequence * tiles, split, splits};
+}
 
 // How many blocks have a split of one of the sequence's tiles.
 __device__ __forceinline__ int blocks_of_sequence(const DecodeParams& params, int sequence) {
@@ -110,11 +105,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
   const int warp = decode::uniform(threadIdx.x / 32);
-  const Assignment<Traits> assigned(params, shared.seated_block);
-  if (assigned.is_idle()) return;
+  if (params.seats > 0 && !take_seat<Traits::kBlocks>(params, shared.item)) return;
+  const Assignment assigned = assignment(params, decode::uniform(shared.item));
   const int split = assigned.split, splits = assigned.splits;
-  if (threadIdx.x == 0) shared.split = {split, splits};  // for later
-  const decode::Tile tile = assigned.tile(params);
+  if (threadIdx.x == 0) shared.split = {split, splits};  // so that they take up no registers
+  const decode::Tile tile =
+      decode::tile_of<Traits::kRows>(params, assigned.sequence, assigned.number);
   // The length before the kernels ahead have ended is most often the one after, and what follows
   // from it is found while they end; not so with pages, which they may move without a trace.
   // Another block may make the sequence longer below, when all have read its length.
@@ -161,12 +157,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   wait_for_copies();
   stream.start_values();
   __syncthreads();
-  // Every thread has read the length. The last block of the sequence to come here adds the new
-  // tokens to it, in the end: meanwhile the answer is on its way.
-  const uint32_t blocks = blocks_of_sequence(params, tile.sequence);
-  uint32_t ticket = ~0u;
-  if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
-    ticket = decode::take_ticket(params.tickets + tile.sequence, blocks);
   stream.append(lengths.old, lengths.end(params.new_tokens));
   const int old = decode::uniform(lengths.old);
   WarpRows<Traits> rows(params, tile, factors, old + params.q_offset);
@@ -174,13 +164,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const auto found = [&](int w) -> typename Traits::Found& {
     return *reinterpret_cast<typename Traits::Found*>(shared.ring[w * Traits::kStages]);
   };
+  // Every thread has read the length. The last block of the sequence to come here adds the new
+  // tokens to it, in the end: meanwhile the answer is on its way.
+  const uint32_t blocks = blocks_of_sequence(params, tile.sequence);
+  uint32_t ticket = ~0u;
+  if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
+    ticket = decode::take_ticket(params.tickets + tile.sequence, blocks);
   rows.store(found(warp));
   __syncthreads();
-  const int2 split_again = shared.split;
+  const int2 again = shared.split;
   if (clustered) {
-    merge_through_cluster<Traits>(params, tile, factors, split_again.x, shared, found);
+    merge_through_cluster<Traits>(params, tile, factors, again.x, shared, found);
   } else {
-    decode::merge_splits<Traits>(params, tile, factors, split_again.x, split_again.y, found);
+    decode::merge_splits<Traits>(params, tile, factors, again.x, again.y, found);
   }
   if (ticket == blocks - 1)
     atomicAdd(params.cache.seqlens + tile.sequence,

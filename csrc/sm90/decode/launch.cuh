@@ -49,7 +49,7 @@ void launch(const DecodeParams& params) {
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = Traits::kPersistent ? dim3(params.persistent_blocks)
-                   : params.seats > 0  ? dim3(params.seats)
+                   : params.seats > 0  ? dim3(Traits::kBlocks * params.seats)
                                        : decode::grid_of(params);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;

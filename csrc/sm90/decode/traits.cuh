@@ -100,8 +100,9 @@ struct DecodeTraits {
     float2 part_out[kMaxCluster == 1 ? 1 : kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
-    int seated_block;
+    int item;    // of the seat
     int2 split;  // which, of how many
+    decode::Tile tile;
     // Of a persistent block, with each warp's tasks, which take up no registers here: the next one
     // or the last; of those that merge, three by number.
     Meeting<kWarps, kMergers> meeting;

@@ -141,7 +141,8 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     idle = NO_IDLE_SEATS
     if division.seats > 0:
         idle = idle_seats(q.device, multiprocessors(q.device), division.seats, blocks * division.splits)
-    seat_counts = tickets.data_ptr() + (tickets.numel() - SEAT_COUNTS) * tickets.element_size()
+    first_count = tickets.numel() - SEAT_COUNTS * (2 if division.small_blocks else 1)
+    seat_counts = tickets.data_ptr() + first_count * tickets.element_size()
     starts_early = hopper and division.starts_early and cache.tickets is not None  # others are not yet zeros then
     # By position: as keywords they would cost the host more than an allocation.
     arguments = (

@@ -20,14 +20,14 @@ _CHUNKS_A_SPLIT = 4  # of 16 slots, at least: a split of a few chunks is not wor
 _MAX_CLUSTER = 8  # thread blocks
 _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster reads, at most
 _SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
-_SMALL_ROUNDS = 2  # of the small blocks that run at once, at most
+_LEAST_SMALL = 1.45  # tiles for each multiprocessor: fewer are not read evenly by small blocks
 _LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
 _MAX_SEQUENCES = 32  # that persistent blocks share out
 _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
 # Of keys and values that a persistent block reads, at least, where sequences may be ragged; that a tile has, at least,
 # where there are more tiles than multiprocessors.
 _RAGGED_BYTES, _LONG_BYTES = 2 << 20, 8 << 20
-_LEAST_IDLE = 10  # multiprocessors: of fewer it matters little which
+_LEAST_IDLE, _LEAST_IDLE_OF_SMALL = 8, 16  # multiprocessors, or their halves: of fewer it matters little which
 # What follows was fitted to measurements on an H200, where it is said how much a multiprocessor could read in some time
 # if all were reading.
 #
@@ -35,16 +35,21 @@ _LEAST_IDLE = 10  # multiprocessors: of fewer it matters little which
 # caches, and each split more than 16; who takes a seat. Persistent blocks, for tiles of up to 8 rows, of more, and of
 # fp8 caches, and each part of a tile more than 8.
 _CLUSTER_COST = 100 << 10
-_WHOLE_COST, _ROUND_COST, _ROUNDS_COST, _ROUNDS_COST_OF_FP8 = 84 << 10, 144 << 10, 304 << 10, 404 << 10
+_WHOLE_COST, _ROUND_COST, _ROUNDS_COST, _ROUNDS_COST_OF_FP8 = 84 << 10, 144 << 10, 304 << 10, 500 << 10
 _MANY_SPLITS, _SPLIT_COST = 16, 1792
 _SEATS_COST = 20 << 10
 _PERSISTENT_COST, _PERSISTENT_COST_OF_16, _PERSISTENT_COST_OF_FP8 = 200 << 10, 240 << 10, 330 << 10
 _MANY_PARTS, _PART_COST = 8, 5632
-# While blocks read that are neither persistent nor have seats: how much longer than on average the slowest does.
-_SLOWEST = 1.005
+# Fp8 caches' persistent blocks: how much longer they read; and for each tile that there is in every fourth
+# multiprocessor or more.
+_SLOWER_OF_FP8, _TILE_COST_OF_FP8 = 1.06, 30 << 10
+# While blocks read that are neither persistent nor have seats: how much longer than on average the slowest does; where
+# whole tiles do not all run at once, how much of one the last ends later than on average, and the least for all.
+_SLOWEST, _LATER, _LEAST_ROUNDS = 1.005, 0.25, 1.5
 # What share of that a multiprocessor needs where others are idle: nearly half of them, one of each pair; those without
-# seats; whichever. In a cluster of two, or few clusters; in others, which are not spread evenly over the GPU.
-_HALF_ALONE, _SEATED_ALONE, _ALONE = 0.505, 0.55, 0.945
+# seats; whichever; blocks of fp8 caches that do not all run at once. In a cluster of two, or few clusters; in others,
+# which are not spread evenly over the GPU.
+_HALF_ALONE, _SEATED_ALONE, _ALONE, _ALONE_OF_FP8 = 0.505, 0.55, 0.945, 1.06
 _PAIR_ALONE, _CLUSTER_ALONE = 0.49, 0.75
 
 
@@ -91,17 +96,44 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
     is_long = each >= _RAGGED_BYTES and (blocks <= multiprocessors or nbytes >= _LONG_BYTES)
     if persistent and is_long and _may_be_ragged(cache):
         return persistent
-    at_once = 2 * multiprocessors  # small blocks
-    can_be_small = cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8
-    few_rounds = multiprocessors < blocks <= _SMALL_ROUNDS * at_once
-    if can_be_small and few_rounds and num_splits(blocks, most, at_once) == 1:
-        return Division(1, small_blocks=True, starts_early=blocks > at_once or nbytes < _LATE_BYTES)
+    if cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8:
+        small = _small_blocks(blocks, nbytes, multiprocessors)
+        if small is not None:
+            return small
     best, cost = _cheapest(blocks, nbytes, most, multiprocessors, cache.is_fp8)
-    beginning = _PERSISTENT_COST if rows <= 8 else _PERSISTENT_COST_OF_16
-    if cache.is_fp8:
-        beginning = _PERSISTENT_COST_OF_FP8
-    beginning += max(0, multiprocessors // blocks - _MANY_PARTS) * _PART_COST
-    return persistent if persistent and each + beginning < cost else best
+    return persistent if persistent and _persistent_cost(cache, blocks, rows, each, multiprocessors) < cost else best
+
+
+def _small_blocks(tiles: int, nbytes: int, multiprocessors: int) -> Division | None:
+    """Of tiles of `nbytes`, which they read as they come; None: there are too few of them.
+
+    If not all run at once, the last ones are split, into as many pieces as run at once: then no multiprocessor is idle
+    for long in the end. But not if the last round is nearly full.
+    """
+    at_once = 2 * multiprocessors
+    if tiles < _LEAST_SMALL * multiprocessors:
+        return None
+    if tiles <= at_once:
+        have_seats = at_once - tiles >= _LEAST_IDLE_OF_SMALL and multiprocessors < SEAT_COUNTS
+        starts_early = have_seats or nbytes < _LATE_BYTES
+        seats = multiprocessors if have_seats else 0
+        return Division(1, small_blocks=True, seats=seats, starts_early=starts_early)
+    last_round = tiles % at_once / at_once
+    if 0.36 < last_round <= 0.5:
+        return Division(1)  # big ones: their last round is nearly full
+    if last_round == 0 or last_round > 0.76:
+        return Division(1, small_blocks=True)
+    splits = 8 if 0.5 < last_round <= 0.6 else 4
+    return Division(splits, whole_tiles=tiles - at_once // splits, small_blocks=True)
+
+
+def _persistent_cost(cache: CacheTensors, tiles: int, rows: int, each: float, multiprocessors: int) -> float:
+    """What one of the multiprocessors could read in the time that persistent blocks take."""
+    parts = max(0, multiprocessors // tiles - _MANY_PARTS) * _PART_COST
+    if not cache.is_fp8:
+        return each + (_PERSISTENT_COST if rows <= 8 else _PERSISTENT_COST_OF_16) + parts
+    many = tiles - 3 * multiprocessors // 4 if tiles < multiprocessors else 0
+    return _SLOWER_OF_FP8 * each + _PERSISTENT_COST_OF_FP8 + parts + max(0, many) * _TILE_COST_OF_FP8
 
 
 def _can_be_persistent(cache: CacheTensors, blocks: int) -> bool:
@@ -133,8 +165,11 @@ def _cheapest(blocks: int, nbytes: int, most: int, multiprocessors: int, is_fp8:
         beginning += max(0, way.splits - _MANY_SPLITS) * _SPLIT_COST
         if way.seats > 0:
             return max(each, _SEATED_ALONE * own) + beginning + _SEATS_COST
+        if rounds > 1 and way.splits == 1 and not is_fp8:
+            return max(each + _LATER * own, _LEAST_ROUNDS * own) + beginning
         are_half = 2 * count <= multiprocessors - 2 and not is_fp8
-        return _SLOWEST * max(each, (_HALF_ALONE if are_half else _ALONE) * rounds * own) + beginning
+        alone = _HALF_ALONE if are_half else _ALONE_OF_FP8 if is_fp8 and rounds > 1 else _ALONE
+        return _SLOWEST * max(each, alone * rounds * own) + beginning
 
     def ways() -> Iterator[Division]:
         cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)

@@ -27,22 +27,22 @@ NO_IDLE_SEATS: Words = (0,) * _WORDS
 _measurements: dict[torch.device, _Measurement] = {}
 
 
-def idle_seats(device: torch.device, multiprocessors: int, seats: int, blocks: int) -> Words:
+def idle_seats(device: torch.device, multiprocessors: int, seats: int, items: int) -> Words:
     """A bit for each of the seats that stay idle."""
     measurement = _measurements.get(device)
     if measurement is None:
         # A graph's own memory is not to be kept, and its kernels run later.
         if torch.cuda.is_current_stream_capturing():
-            return _words((), seats, blocks)
+            return _words((), seats, items)
         measurement = _measurements[device] = _Measurement(device, multiprocessors)
-    return _words(measurement.order(), seats, blocks)
+    return _words(measurement.order(), seats, items)
 
 
 @lru_cache(maxsize=4096)
-def _words(order: tuple[int, ...], seats: int, blocks: int) -> Words:
+def _words(order: tuple[int, ...], seats: int, items: int) -> Words:
     """The first of the order that are seats, then those with the first numbers."""
     first = dict.fromkeys(i for i in (*order, *range(seats)) if i < seats)
-    bits = sum(1 << i for i in list(first)[: max(0, seats - blocks)])
+    bits = sum(1 << i for i in list(first)[: -items % seats])
     return tuple(bits >> _BITS * word & (1 << _BITS) - 1 for word in range(_WORDS))
 
 
