@@ -106,6 +106,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
 
   const int warp = decode::uniform(threadIdx.x / 32);
   if (params.seats > 0 && !take_seat<Traits::kBlocks>(params, shared.item)) return;
+  // Read in any case: behind a condition it would cost registers, and there are none to spare.
   const Assignment assigned = assignment(params, decode::uniform(shared.item));
   const int split = assigned.split, splits = assigned.splits;
   if (threadIdx.x == 0) shared.split = {split, splits};  // so that they take up no registers

@@ -86,9 +86,10 @@ __device__ __forceinline__ bool take_seat(const DecodeParams& params, int& share
   if (threadIdx.x == 0) {
     const int seat = seats.take(), place = kEach == 1 ? 0 : seat / params.seats;
     const int full = kEach == 1 ? 0 : params.items / params.seats;  // seats of each
+    shared_item = place < full ? seat : -1;
     const int busy = busy_before(params.idle_seats, seat - place * params.seats);
-    const int item = place < full ? seat : full * params.seats + busy;
-    shared_item = place > full || busy < 0 || item >= params.items ? -1 : item;
+    const int item = full * params.seats + busy;
+    if (place == full && busy >= 0 && item < params.items) shared_item = item;
   }
   __syncthreads();
   if (shared_item >= 0) return true;
