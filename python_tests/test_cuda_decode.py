@@ -321,8 +321,8 @@ def test_seats_of_launches_that_run_at_once() -> None:
     for cache in caches:
         tickets, counts = cache.tickets[: -2 * SEAT_COUNTS], cache.tickets[-2 * SEAT_COUNTS :].view(2, -1)
         assert tickets.count_nonzero() == 0
-        small = 2 if cache.batch == 25 or cache.kv_heads == 140 else 0  # of each multiprocessor
-        for each, of_size in ((small, counts[0]), (0 if small else 1, counts[1])):
+        are_small = cache.k.shape[0] * cache.k.shape[1] > 132
+        for each, of_size in ((2 * are_small, counts[0]), (1 - are_small, counts[1])):
             assert of_size.tolist() == [100 * each * 132] + [100 * each] * 132 + [0] * (SEAT_COUNTS - 133)
 
 
