@@ -347,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 1 if one of this package's kernels failed."""
     parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--cases", default=",".join(CASES), help=f"from {', '.join(CASES)} (default: all)")
-    parser.add_argument("--sweep", action="store_true", help=f"{len(SWEEP)} cases of 4 to 32 sequences instead")
+    parser.add_argument("--sweep", action="store_true", help=f"{len(SWEEP)} cases of 4 to 64 sequences instead")
     parser.add_argument("--peers", help=f"from {', '.join(PEERS)} (default: what is installed)")
     parser.add_argument("--budget", type=float, default=0.2, help="seconds of timed runs per measurement")
     parser.add_argument("--warm-up", type=float, default=GPU_WARM_UP_S, help="seconds before them, on a GPU")
