@@ -22,6 +22,10 @@ _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster rea
 _SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
 _LEAST_SMALL = 1.45  # tiles for each multiprocessor: fewer are not read evenly by small blocks
 _LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
+# How much of the last round of small blocks there is, where it is not split, nor where big blocks' own is nearly full;
+# into how many pieces each of the last tiles is split, and where there are a few more than half a round of them.
+_NEARLY_FULL, _NEARLY_HALF_FULL, _BARELY_OVER_HALF = 0.76, 0.36, 0.6
+_LAST_SPLITS, _LAST_SPLITS_OVER_HALF = 4, 8
 _MAX_SEQUENCES = 32  # that persistent blocks share out
 _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
 # Of keys and values that a persistent block reads, at least, where sequences may be ragged; that a tile has, at least,
@@ -40,8 +44,8 @@ _MANY_SPLITS, _SPLIT_COST = 16, 1792
 _SEATS_COST = 20 << 10
 _PERSISTENT_COST, _PERSISTENT_COST_OF_16, _PERSISTENT_COST_OF_FP8 = 200 << 10, 240 << 10, 330 << 10
 _MANY_PARTS, _PART_COST = 8, 5632
-# Fp8 caches' persistent blocks: how much longer they read; and for each tile that there is in every fourth
-# multiprocessor or more.
+# Persistent blocks of fp8 caches: how much longer they read, and each tile more than three quarters of the
+# multiprocessors, if there are not more tiles than these.
 _SLOWER_OF_FP8, _TILE_COST_OF_FP8 = 1.06, 30 << 10
 # While blocks read that are neither persistent nor have seats: how much longer than on average the slowest does; where
 # whole tiles do not all run at once, how much of one the last ends later than on average, and the least for all.
@@ -74,18 +78,15 @@ class Division(NamedTuple):
 def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool) -> Division:
     """The division for `blocks` tiles of `rows` query rows, each with a sequence's keys of one KV head.
 
-    `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Where there are more tiles
-    than multiprocessors and small blocks share out the work evenly without splits, in a round or two, they read while
-    others begin or end; if all of them run at once and for long, places that the kernel ahead frees one by one suit
-    them less than all together, by what was measured. Persistent blocks have what is long if sequences, by what is
-    known, may differ much in length. Otherwise what takes the least time:
+    `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Persistent blocks have
+    what is long if sequences, by what is known, may differ much in length, small blocks what is many tiles. Otherwise
+    what takes the least time:
 
     - A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit on all
       multiprocessors: on half of them they do, and on some parts of the GPU more than on others.
-    - Splits, or whole tiles. Where some multiprocessors stay idle, blocks take seats, so that these are of all parts of
-      the GPU; not blocks of fp8 caches, which are not read that fast.
-    - Persistent blocks even out what splits would not, and leave memory idle the least where there is much to read, but
-      take longer to begin and to merge.
+    - Splits, or whole tiles. Where some multiprocessors stay idle, blocks take seats, so that both halves of the GPU
+      have as many; not blocks of fp8 caches, which are not read that fast.
+    - Persistent blocks even out what splits would not, but take longer to begin and to merge.
     """
     most = min(_MAX_SPLITS, max_tiles(cache, GRANULE * _CHUNKS_A_SPLIT))
     if not bulk:
@@ -105,25 +106,26 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
 
 
 def _small_blocks(tiles: int, nbytes: int, multiprocessors: int) -> Division | None:
-    """Of tiles of `nbytes`, which they read as they come; None: there are too few of them.
+    """For so many tiles of `nbytes`; None: there are too few of them.
 
-    If not all run at once, the last ones are split, into as many pieces as run at once: then no multiprocessor is idle
-    for long in the end. But not if the last round is nearly full.
+    A small block reads while the other one of its multiprocessor begins or ends. If all run at once and for long,
+    places that the kernel ahead frees one by one suit them less than all together, by what was measured; with seats
+    they begin early all the same. If not all run at once, the last ones are split, into as many pieces as do: then no
+    multiprocessor is idle for long in the end. But not if the last round is nearly full, of these or of big blocks.
     """
     at_once = 2 * multiprocessors
     if tiles < _LEAST_SMALL * multiprocessors:
         return None
     if tiles <= at_once:
         have_seats = at_once - tiles >= _LEAST_IDLE_OF_SMALL and multiprocessors < SEAT_COUNTS
-        starts_early = have_seats or nbytes < _LATE_BYTES
         seats = multiprocessors if have_seats else 0
-        return Division(1, small_blocks=True, seats=seats, starts_early=starts_early)
+        return Division(1, small_blocks=True, seats=seats, starts_early=have_seats or nbytes < _LATE_BYTES)
     last_round = tiles % at_once / at_once
-    if 0.36 < last_round <= 0.5:
-        return Division(1)  # big ones: their last round is nearly full
-    if last_round == 0 or last_round > 0.76:
+    if last_round == 0 or last_round > _NEARLY_FULL:
         return Division(1, small_blocks=True)
-    splits = 8 if 0.5 < last_round <= 0.6 else 4
+    if _NEARLY_HALF_FULL < last_round <= 0.5:
+        return Division(1)
+    splits = _LAST_SPLITS_OVER_HALF if 0.5 < last_round <= _BARELY_OVER_HALF else _LAST_SPLITS
     return Division(splits, whole_tiles=tiles - at_once // splits, small_blocks=True)
 
 
