@@ -213,7 +213,7 @@ struct DecodeParams {
   int32_t bulk;         // whether it copies in bulk, where chunks are neighbouring slots; and then:
   int32_t whole_tiles;  // the first so many have one split all the same
   int32_t clustered;    // whether the splits, up to 8, are a cluster
-  int32_t small_blocks;       // whether blocks are small: of 16 bits, head_dim up to 128, one split
+  int32_t small_blocks;       // whether blocks are small: of 16 bits, head_dim up to 128
   int32_t persistent_blocks;  // which share out all work of up to 32 sequences evenly; 0: no
   // If blocks, neither clustered nor persistent, are fewer than run at once: how many
   // multiprocessors there are, up to 255, and a bit for each that has one less than others, or
@@ -241,8 +241,8 @@ struct L2LatencyParams {
   int32_t multiprocessors, lines;
   int32_t stride;    // from one line to the next, in elements
   uint32_t* memory;  // (lines * stride + 1,), zeros
-  int32_t*
-      latencies;  // (multiprocessors * lines + 1,), cycles; the last becomes 1 after all others
+  // (multiprocessors * lines + 1,), cycles; the last becomes 1 when all others are there.
+  int32_t* latencies;
   cudaStream_t stream;
 };
 

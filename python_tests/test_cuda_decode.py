@@ -351,7 +351,8 @@ def test_halves_of_the_gpu_are_measured_alike_again() -> None:
     count = torch.cuda.get_device_properties(device).multi_processor_count
     halves = []
     for _ in range(3):
-        measurement = seating._Measurement(device, count)
+        with device:  # as the default device
+            measurement = seating._Measurement(device, count)
         torch.cuda.synchronize()
         assert sorted(measurement.order()) == list(range(count))
         seen = seating._halves(measurement.latencies.double())

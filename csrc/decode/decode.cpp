@@ -71,7 +71,7 @@ int64_t idle_of(const DecodeParams& params) {
 
 void check_blocks(const DecodeParams& params) {
   constexpr int kMaxSplits = 128, kMaxSequences = 32;
-  constexpr int kMaxSeats = 255;  // which the kernel counts to 2^24 in 32 bits
+  constexpr int kMaxSeats = 255;  // twice so many are counted to 2^23 times in 32 bits
   const auto demand = [](bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(what);
   };
@@ -88,9 +88,9 @@ void check_blocks(const DecodeParams& params) {
   if (params.seats == 0) return;
   const bool small =
       params.small_blocks && params.cache.head_dim <= 128 && params.scales.k == nullptr;
-  const int64_t blocks = blocks_of(params), more = blocks % params.seats;
   demand(plain, "seats are for blocks that are neither clustered nor persistent");
   demand(params.seats > 0 && params.seats <= kMaxSeats, "there may be up to 255 seats");
+  const int64_t blocks = blocks_of(params), more = blocks % params.seats;
   demand(small ? blocks <= 2 * params.seats : blocks < params.seats,
          "there must be a seat for each block, and for one more big one");
   demand(idle_of(params) == (more == 0 ? 0 : params.seats - more),

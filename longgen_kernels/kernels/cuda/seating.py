@@ -54,7 +54,8 @@ class _Measurement:
 
         self._order: tuple[int, ...] | None = None
         self._memory = torch.zeros(_LINES * _STRIDE + 1, dtype=torch.int32, device=device)
-        cycles = torch.zeros(multiprocessors * _LINES + 1, dtype=torch.int32, pin_memory=True)
+        # Named, as only the host's memory can be pinned, and the default device may be another.
+        cycles = torch.zeros(multiprocessors * _LINES + 1, dtype=torch.int32, device="cpu", pin_memory=True)
         self.latencies, self._has_ended = cycles[:-1].view(multiprocessors, _LINES), cycles[-1]
         addresses = self._memory.data_ptr(), cycles.data_ptr(), current_stream(self._memory)
         with on_device(self._memory):
