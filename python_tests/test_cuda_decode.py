@@ -160,9 +160,9 @@ SEATED_SMALL = Division(1, small_blocks=True, seats=132)
         (100, 2064, SEATED),  # for less than it takes them to begin and to merge
         (120, 2064, SEATED),
         (124, 2064, Division(1)),  # which eight multiprocessors are idle matters little
-        (40, 9232, SEATED_2),
+        (40, 9232, SEATED_3),
         (40, 2064, Division(3)),  # what is short does not wait for seats
-        (28, 9232, SEATED_3),
+        (28, 9232, SEATED_4),
         (36, 9232, SEATED_3),
         (64, 9232, Division(2)),
         (132, 32768, Division(1)),
@@ -170,11 +170,14 @@ SEATED_SMALL = Division(1, small_blocks=True, seats=132)
         (256, 2064, SMALL),
         (264, 9232, SMALL_AND_LATE),
         (512, 9232, SMALL),
-        (384, 9232, Division(1)),
+        (384, 9232, Division(2, whole_tiles=252, small_blocks=True)),
         (1024, 2064, SMALL),
-        (280, 2064, Division(4, whole_tiles=214, small_blocks=True)),  # the last 66 in 264 pieces
-        (416, 2064, Division(8, whole_tiles=383, small_blocks=True)),
+        (288, 2064, Division(8, whole_tiles=255, small_blocks=True)),  # the last 33 in 264 pieces
+        (416, 4112, Division(2, whole_tiles=284, small_blocks=True)),
         (448, 2064, Division(4, whole_tiles=382, small_blocks=True)),
+        (496, 2064, SMALL),  # the second round is nearly full
+        (576, 2064, SMALL),  # after two blocks begin at all times
+        (8, 139264, Division(16)),
     ],
 )
 def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
@@ -214,11 +217,20 @@ def test_how_sequences_that_may_differ_in_length_are_divided(
         (16, 8, 8, 131072, PERSISTENT),
         (16, 8, 8, 32768, Division(2)),
         (16, 8, 1, 131072, Division(16)),
-        (16, 5, 8, 32768, SEATED_2),
+        (16, 5, 8, 32768, SEATED_3),
         (8, 12, 8, 4112, SEATED),
         (8, 9, 8, 4112, SEATED),
         (8, 9, 8, 9232, SEATED),
         (16, 1, 48, 2064, SEATED_2),  # persistent blocks need longer for more rows
+        (16, 36, 8, 2064, Division(8, whole_tiles=255, small_blocks=True)),
+        (16, 48, 8, 2064, Division(2, whole_tiles=252, small_blocks=True)),
+        (16, 48, 8, 4112, Division(1)),  # big blocks, whose rounds cost less if they are long
+        (16, 52, 8, 2064, Division(2, whole_tiles=304, small_blocks=True)),
+        (16, 52, 8, 4112, Division(2, whole_tiles=284, small_blocks=True)),
+        (16, 54, 8, 4112, Division(3, whole_tiles=396)),
+        (16, 56, 8, 4112, Division(3, whole_tiles=408, small_blocks=True)),  # 264, then 144 and 40 in 120 pieces
+        (16, 60, 8, 2064, Division(2, whole_tiles=432, small_blocks=True)),  # 264, then 168 and 48 in 96 pieces
+        (16, 64, 8, 2064, SMALL),
     ],
 )
 def test_how_sequences_of_one_length_are_divided(

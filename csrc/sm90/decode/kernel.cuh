@@ -73,7 +73,9 @@ struct Assignment {
 // Blocks are a grid of splits, tiles and sequences. Or there is a row of items: first one for each
 // tile that is whole, then those of tiles with splits. Who has a seat does `item`, others the item
 // of their number.
+template <typename Traits>
 __device__ __forceinline__ Assignment assignment(const DecodeParams& params, int item) {
+  if (Traits::kPlain) return {int(blockIdx.z), int(blockIdx.y), 0, 1};
   if (params.seats == 0) item = blockIdx.x;
   if (params.seats == 0 && params.whole_tiles == 0)
     return {int(blockIdx.z), int(blockIdx.y), item, params.splits};
@@ -91,8 +93,10 @@ __device__ __forceinline__ Assignment assignment(const DecodeParams& params, int
 }
 
 // How many blocks have a split of one of the sequence's tiles.
+template <typename Traits>
 __device__ __forceinline__ int blocks_of_sequence(const DecodeParams& params, int sequence) {
   const int tiles = params.cache.kv_heads * params.row_tiles;
+  if (Traits::kPlain) return tiles;
   const int whole = min(max(params.whole_tiles - sequence * tiles, 0), tiles);
   return whole + (tiles - whole) * params.splits;
 }
@@ -105,11 +109,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
   const int warp = decode::uniform(threadIdx.x / 32);
-  if (params.seats > 0 && !take_seat<Traits::kBlocks>(params, shared.item)) return;
+  if (!Traits::kPlain && params.seats > 0 && !take_seat<Traits::kBlocks>(params, shared.item))
+    return;
   // Read in any case: behind a condition it would cost registers, and there are none to spare.
-  const Assignment assigned = assignment(params, decode::uniform(shared.item));
+  const Assignment assigned = assignment<Traits>(params, decode::uniform(shared.item));
   const int split = assigned.split, splits = assigned.splits;
-  if (threadIdx.x == 0) shared.split = {split, splits};  // so that they take up no registers
+  if (!Traits::kPlain && threadIdx.x == 0)
+    shared.split = {split, splits};  // so that they take up no registers
   const decode::Tile tile =
       decode::tile_of<Traits::kRows>(params, assigned.sequence, assigned.number);
   // The length before the kernels ahead have ended is most often the one after, and what follows
@@ -167,13 +173,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   };
   // Every thread has read the length. The last block of the sequence to come here adds the new
   // tokens to it, in the end: meanwhile the answer is on its way.
-  const uint32_t blocks = blocks_of_sequence(params, tile.sequence);
+  const uint32_t blocks = blocks_of_sequence<Traits>(params, tile.sequence);
   uint32_t ticket = ~0u;
   if (params.new_tokens.advance && threadIdx.x == Traits::kThreads - 1)
     ticket = decode::take_ticket(params.tickets + tile.sequence, blocks);
   rows.store(found(warp));
   __syncthreads();
-  const int2 again = shared.split;
+  const int2 again = Traits::kPlain ? int2{0, 1} : shared.split;
   if (clustered) {
     merge_through_cluster<Traits>(params, tile, factors, again.x, shared, found);
   } else {

@@ -62,8 +62,10 @@ void launch(const DecodeParams& params) {
 template <typename T, typename Cached, int kHeadDim, int kOctets>
 void launch_of_size(const DecodeParams& params) {
   if constexpr (kHeadDim <= 128 && sizeof(Cached) == 2) {
-    if (params.small_blocks)
+    if (params.small_blocks && params.seats == 0 && params.splits == 1)
       return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kSmall>>(params);
+    if (params.small_blocks)
+      return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kSmallInRow>>(params);
   }
   if (params.persistent_blocks > 0)
     return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kPersistent>>(params);

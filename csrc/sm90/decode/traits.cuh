@@ -14,8 +14,9 @@ namespace longgen::sm90 {
 
 // What thread blocks there are. Big: a multiprocessor holds one, with one split of one tile. Small:
 // it holds two, for where there are more tiles than multiprocessors; one reads while another begins
-// or ends. Persistent: big ones, of which each reads as much as any other, of whichever tiles.
-enum class Blocks { kBig, kSmall, kPersistent };
+// or ends. Small in a row: with seats, or some of the tiles split. Persistent: big ones, of which
+// each reads as much as any other, of whichever tiles.
+enum class Blocks { kBig, kSmall, kSmallInRow, kPersistent };
 
 // T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3.
 template <typename T_, typename Cached_, int kHeadDim_, int kOctets_, Blocks kKind_>
@@ -25,7 +26,8 @@ struct DecodeTraits {
   static constexpr int kBytes = sizeof(Cached);
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kOctets = kOctets_;
-  static constexpr bool kSmall = kKind_ == Blocks::kSmall;
+  static constexpr bool kPlain = kKind_ == Blocks::kSmall;  // a tile each: its code is shorter
+  static constexpr bool kSmall = kPlain || kKind_ == Blocks::kSmallInRow;
   static constexpr bool kPersistent = kKind_ == Blocks::kPersistent;
   static constexpr int kBlocks = kSmall ? 2 : 1;  // of a multiprocessor
   static constexpr int kRows = 8 * kOctets;       // of the query: tokens times heads of a group

@@ -22,10 +22,14 @@ _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster rea
 _SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
 _LEAST_SMALL = 1.45  # tiles for each multiprocessor: fewer are not read evenly by small blocks
 _LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
-# How much of the last round of small blocks there is, where it is not split, nor where big blocks' own is nearly full;
-# into how many pieces each of the last tiles is split, and where there are a few more than half a round of them.
-_NEARLY_FULL, _NEARLY_HALF_FULL, _BARELY_OVER_HALF = 0.76, 0.36, 0.6
-_LAST_SPLITS, _LAST_SPLITS_OVER_HALF = 4, 8
+# Small blocks have one round of tiles and a part of another: up to which part, into how many pieces each of the last
+# is split; 0: big blocks have them. Of up to 8 rows; of 16; of 16 where tiles are long.
+_LAST_SPLITS = (0.06, 2), (0.13, 8), (0.25, 4), (0.6, 2), (0.85, 4), (1.0, 1)
+_LAST_SPLITS_OF_16 = (0.06, 2), (0.12, 8), (0.25, 4), (0.6, 2), (0.68, 4), (0.77, 3), (0.9, 2), (1.0, 1)
+_LAST_SPLITS_OF_LONG_16 = (0.06, 2), (0.5, 0), (0.6, 2), (0.66, 0), (0.68, 4), (0.77, 3), (0.9, 2), (1.0, 1)
+_LONG_TILE = 1536 << 10  # of keys and values
+_FULL, _FULL_OF_LONG = 0.5, 0.6  # from which part on the pieces of 16 rows are so many that the second round is full
+_MOST_LAST_SPLITS = 8  # of big blocks' last tiles
 _MAX_SEQUENCES = 32  # that persistent blocks share out
 _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
 # Of keys and values that a persistent block reads, at least, where sequences may be ragged; that a tile has, at least,
@@ -41,7 +45,7 @@ _LEAST_IDLE, _LEAST_IDLE_OF_SMALL = 8, 16  # multiprocessors, or their halves: o
 _CLUSTER_COST = 100 << 10
 _WHOLE_COST, _ROUND_COST, _ROUNDS_COST, _ROUNDS_COST_OF_FP8 = 84 << 10, 144 << 10, 304 << 10, 500 << 10
 _MANY_SPLITS, _SPLIT_COST = 16, 1792
-_SEATS_COST = 20 << 10
+_SEATS_COST = 23 << 10
 _PERSISTENT_COST, _PERSISTENT_COST_OF_16, _PERSISTENT_COST_OF_FP8 = 200 << 10, 240 << 10, 330 << 10
 _MANY_PARTS, _PART_COST = 8, 5632
 # Persistent blocks of fp8 caches: how much longer they read, and each tile more than three quarters of the
@@ -50,6 +54,8 @@ _SLOWER_OF_FP8, _TILE_COST_OF_FP8 = 1.06, 30 << 10
 # While blocks read that are neither persistent nor have seats: how much longer than on average the slowest does; where
 # whole tiles do not all run at once, how much of one the last ends later than on average, and the least for all.
 _SLOWEST, _LATER, _LEAST_ROUNDS = 1.005, 0.25, 1.5
+# The same with seats, if a third of the multiprocessors and more stay idle.
+_FEW_SEATED = 1.006
 # What share of that a multiprocessor needs where others are idle: nearly half of them, one of each pair; those without
 # seats; whichever; blocks of fp8 caches that do not all run at once. In a cluster of two, or few clusters; in others,
 # which are not spread evenly over the GPU.
@@ -98,20 +104,21 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
     if persistent and is_long and _may_be_ragged(cache):
         return persistent
     if cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8:
-        small = _small_blocks(blocks, nbytes, multiprocessors)
+        small = _small_blocks(blocks, rows, nbytes, multiprocessors)
         if small is not None:
             return small
     best, cost = _cheapest(blocks, nbytes, most, multiprocessors, cache.is_fp8)
     return persistent if persistent and _persistent_cost(cache, blocks, rows, each, multiprocessors) < cost else best
 
 
-def _small_blocks(tiles: int, nbytes: int, multiprocessors: int) -> Division | None:
+def _small_blocks(tiles: int, rows: int, nbytes: int, multiprocessors: int) -> Division | None:
     """For so many tiles of `nbytes`; None: there are too few of them.
 
     A small block reads while the other one of its multiprocessor begins or ends. If all run at once and for long,
     places that the kernel ahead frees one by one suit them less than all together, by what was measured; with seats
-    they begin early all the same. If not all run at once, the last ones are split, into as many pieces as do: then no
-    multiprocessor is idle for long in the end. But not if the last round is nearly full, of these or of big blocks.
+    they begin early all the same. If some are left over, the last ones are split, so that no multiprocessor is idle for
+    long in the end: into as many pieces as run at once, or, as those of 16 rows cost more, so many that the second
+    round is full. But not if it nearly is, nor after two rounds, when blocks begin at all times.
     """
     at_once = 2 * multiprocessors
     if tiles < _LEAST_SMALL * multiprocessors:
@@ -120,13 +127,22 @@ def _small_blocks(tiles: int, nbytes: int, multiprocessors: int) -> Division | N
         have_seats = at_once - tiles >= _LEAST_IDLE_OF_SMALL and multiprocessors < SEAT_COUNTS
         seats = multiprocessors if have_seats else 0
         return Division(1, small_blocks=True, seats=seats, starts_early=have_seats or nbytes < _LATE_BYTES)
-    last_round = tiles % at_once / at_once
-    if last_round == 0 or last_round > _NEARLY_FULL:
+    if tiles > 2 * at_once:
         return Division(1, small_blocks=True)
-    if _NEARLY_HALF_FULL < last_round <= 0.5:
-        return Division(1)
-    splits = _LAST_SPLITS_OVER_HALF if 0.5 < last_round <= _BARELY_OVER_HALF else _LAST_SPLITS
-    return Division(splits, whole_tiles=tiles - at_once // splits, small_blocks=True)
+    are_long = nbytes >= _LONG_TILE
+    of_16 = _LAST_SPLITS_OF_LONG_16 if are_long else _LAST_SPLITS_OF_16
+    splits = next(splits for part, splits in (_LAST_SPLITS if rows <= 8 else of_16) if tiles <= (1 + part) * at_once)
+    if splits == 1:
+        return Division(1, small_blocks=True)
+    if splits == 0:
+        left_over = tiles % multiprocessors
+        if left_over == 0 or left_over > multiprocessors // 2:
+            return Division(1)
+        return Division(min(multiprocessors // left_over, _MOST_LAST_SPLITS), whole_tiles=tiles - left_over)
+    last = at_once // splits
+    if rows > 8 and tiles > (1 + (_FULL_OF_LONG if are_long else _FULL)) * at_once:
+        last = (2 * at_once - tiles) // (splits - 1)
+    return Division(splits, whole_tiles=tiles - last, small_blocks=True)
 
 
 def _persistent_cost(cache: CacheTensors, tiles: int, rows: int, each: float, multiprocessors: int) -> float:
@@ -166,7 +182,8 @@ def _cheapest(blocks: int, nbytes: int, most: int, multiprocessors: int, is_fp8:
         beginning = _WHOLE_COST if way.splits == 1 else _ROUND_COST if rounds == 1 else of_rounds
         beginning += max(0, way.splits - _MANY_SPLITS) * _SPLIT_COST
         if way.seats > 0:
-            return max(each, _SEATED_ALONE * own) + beginning + _SEATS_COST
+            slower = _FEW_SEATED if 3 * count < 2 * multiprocessors else 1
+            return max(slower * each, _SEATED_ALONE * own) + beginning + _SEATS_COST
         if rounds > 1 and way.splits == 1 and not is_fp8:
             return max(each + _LATER * own, _LEAST_ROUNDS * own) + beginning
         are_half = 2 * count <= multiprocessors - 2 and not is_fp8
