@@ -83,7 +83,8 @@ void check_blocks(const DecodeParams& params) {
   if (params.whole_tiles != 0) {
     demand(params.whole_tiles > 0 && params.whole_tiles < tiles_of(params),
            "fewer tiles than there are may be whole");
-    demand(plain && params.seats == 0, "whole tiles before others are for blocks without seats");
+    demand(plain && params.seats == 0,
+           "whole tiles before others: neither clustered nor persistent blocks, and without seats");
   }
   if (params.seats == 0) return;
   const bool small =
