@@ -283,7 +283,7 @@ PYBIND11_MODULE(_C, m) {
            float softmax_scale, Address q, const Strides& q_strides, Address out, Address lse,
            int splits, int whole_tiles, bool starts_early, bool bulk, bool clustered,
            bool small_blocks, int persistent_blocks, int seats,
-           const std::array<uint64_t, 4>& idle_seats, Address part_out, Address part_weights,
+           const std::array<uint64_t, 4>& seat_bits, Address part_out, Address part_weights,
            Address stream) {
           DecodeParams params{};
           params.cache = cache_params(pattern, ring, sink_slots, batch, kv_heads, head_dim, slots,
@@ -309,7 +309,7 @@ PYBIND11_MODULE(_C, m) {
           params.small_blocks = small_blocks;
           params.persistent_blocks = persistent_blocks;
           params.seats = seats;
-          std::copy(idle_seats.begin(), idle_seats.end(), params.idle_seats);
+          std::copy(seat_bits.begin(), seat_bits.end(), params.seat_bits);
           params.part_out = reinterpret_cast<float*>(part_out);
           params.part_weights = reinterpret_cast<float*>(part_weights);
           params.stream = as_stream(stream);

@@ -215,19 +215,21 @@ struct DecodeParams {
   int32_t clustered;    // whether the splits, up to 8, are a cluster
   int32_t small_blocks;       // whether blocks are small: of 16 bits, head_dim up to 128
   int32_t persistent_blocks;  // which share out all work of up to 32 sequences evenly; 0: no
-  // If blocks, neither clustered nor persistent, are fewer than run at once: how many
-  // multiprocessors there are, up to 255, and a bit for each that has one less than others, or
-  // none; 0: whichever do. There is one big block less than multiprocessors, at least.
+  // If blocks, neither clustered nor persistent, are fewer than run at once, or small ones more:
+  // how many multiprocessors there are, up to 255; 0: whichever do what there is. And a bit for
+  // each that has one block less than others, or none; or, if there are more, that is in one half
+  // of the GPU.
   int32_t seats;
-  uint64_t idle_seats[4];
+  uint64_t seat_bits[4];
   // Results of the splits, or nullptr where there is one or they are clustered: (tiles that are not
   // whole, splits, rows of a tile, head_dim), and 2 in place of the last dimension. Of persistent
   // blocks (blocks, 2, rows of a tile, head_dim), and likewise.
   float* part_out;
   float* part_weights;
-  uint32_t* tickets;      // (batch + batch * kv_heads * row tiles,), zeros before and after
-  uint32_t* seat_counts;  // (1 + seats,), for blocks of one size; zeros at first, then as the
-                          // kernel leaves them
+  uint32_t* tickets;  // (batch + batch * kv_heads * row tiles,), zeros before and after
+  // (1 + seats,), for blocks of one size: zeros at first, then as the kernel leaves them. If there
+  // are more than run at once (3,), zeros before and after.
+  uint32_t* seat_counts;
   cudaStream_t stream;
   // Set by the launch.
   float scale_log2;

@@ -84,7 +84,7 @@ def attn_decode(
     small_blocks: bool,
     persistent_blocks: int,
     seats: int,
-    idle_seats: tuple[int, ...],
+    seat_bits: tuple[int, ...],
     part_out: int,
     part_weights: int,
     stream: int,

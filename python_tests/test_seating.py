@@ -8,7 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longgen_kernels.kernels.cuda.seating import _words, idle_order
+from longgen_kernels.kernels.cuda.seating import UNKNOWN, idle_seats, seating_of
+
+
+def bits_of(words: tuple[int, ...]) -> set[int]:
+    return {64 * i + bit for i, word in enumerate(words) for bit in range(64) if word >> bit & 1}
 
 
 def latencies(is_first: Tensor, spread: Tensor, lines: int = 64, seed: int = 0) -> Tensor:
@@ -27,7 +31,12 @@ def test_as_many_of_either_half_are_at_work(first: int, second: int, seed: int) 
     generator = torch.Generator().manual_seed(seed)
     is_first = torch.randperm(first + second, generator=generator) < first
     spread = torch.rand(first + second, generator=generator) * 20 + 10
-    order = idle_order(latencies(is_first, spread, seed=seed))
+    seating = seating_of(latencies(is_first, spread, seed=seed))
+    order = seating.idle_order
+    assert bits_of(seating.first_half) in (
+        {2 * i + j for i in range(len(is_first)) if is_first[i] == side for j in (0, 1)} for side in (True, False)
+    )
+    assert seating.halves_differ == (first != second)
     assert sorted(order) == list(range(2 * (first + second)))
     assert all(order[i + 1] == order[i] + 1 for i in range(0, len(order), 2))  # a pair stays idle together
     left = torch.tensor([first, second])
@@ -39,7 +48,8 @@ def test_as_many_of_either_half_are_at_work(first: int, second: int, seed: int) 
 
 def test_those_whose_latencies_differ_most_stay_idle_first() -> None:
     spread = torch.tensor([10.0, 15.0, 20.0, 10.0, 15.0, 20.0]).repeat(11)  # of each third pair of a GPC
-    order = idle_order(latencies(torch.arange(66) % 8 < 4, spread))
+    seating = seating_of(latencies(torch.arange(66) % 8 < 4, spread))
+    order = seating.idle_order
     assert {i // 2 % 3 for i in order[:36]} == {2}
     assert {i // 2 % 3 for i in order[96:]} == {0}
 
@@ -55,14 +65,14 @@ def test_those_whose_latencies_differ_most_stay_idle_first() -> None:
     ],
 )
 def test_where_there_are_no_halves_to_be_seen_there_is_no_order(cycles: Tensor) -> None:
-    assert idle_order(cycles) == ()
+    assert seating_of(cycles) == UNKNOWN
 
 
 def test_one_that_has_not_been_measured() -> None:
     cycles = latencies(torch.arange(66) % 2 == 0, torch.full((66,), 20.0))
-    assert len(idle_order(cycles)) == 132
+    assert len(seating_of(cycles).idle_order) == 132
     cycles[77] = 0
-    assert idle_order(cycles) == ()
+    assert seating_of(cycles) == UNKNOWN
 
 
 @pytest.mark.parametrize(
@@ -74,10 +84,10 @@ def test_one_that_has_not_been_measured() -> None:
         ((131, 64, 3), 100, 97, {64, 3, 0}),  # seats that there are
         ((7, 6), 255, 253, {7, 6}),
         ((7, 6), 132, 132, set()),
-        ((7, 6), 8, 16, set()),  # which the kernel's binding refuses
+        ((7, 6), 8, 16, set()),
     ],
 )
 def test_bits_of_idle_seats(order: tuple[int, ...], seats: int, blocks: int, idle: set[int]) -> None:
-    words = _words(order, seats, blocks)
+    words = idle_seats(order, seats, blocks)
     assert len(words) == 4
-    assert {64 * i + bit for i, word in enumerate(words) for bit in range(64) if word >> bit & 1} == idle
+    assert bits_of(words) == idle

@@ -58,11 +58,11 @@ void of_head_dim(const DecodeParams& params) {
   }
 }
 
-// How many of the seats are to stay idle; -1: some that there are not.
-int64_t idle_of(const DecodeParams& params) {
+// How many seats have a bit; -1: some that there are not.
+int64_t marked_seats(const DecodeParams& params) {
   int64_t count = 0;
   for (int i = 0; i < 256; ++i) {
-    if ((params.idle_seats[i / 64] >> i % 64 & 1) == 0) continue;
+    if ((params.seat_bits[i / 64] >> i % 64 & 1) == 0) continue;
     if (i >= params.seats) return -1;
     ++count;
   }
@@ -83,8 +83,7 @@ void check_blocks(const DecodeParams& params) {
   if (params.whole_tiles != 0) {
     demand(params.whole_tiles > 0 && params.whole_tiles < tiles_of(params),
            "fewer tiles than there are may be whole");
-    demand(plain && params.seats == 0,
-           "whole tiles before others: neither clustered nor persistent blocks, and without seats");
+    demand(plain, "whole tiles before others are for blocks neither clustered nor persistent");
   }
   if (params.seats == 0) return;
   const bool small =
@@ -92,9 +91,11 @@ void check_blocks(const DecodeParams& params) {
   demand(plain, "seats are for blocks that are neither clustered nor persistent");
   demand(params.seats > 0 && params.seats <= kMaxSeats, "there may be up to 255 seats");
   const int64_t blocks = blocks_of(params), more = blocks % params.seats;
-  demand(small ? blocks <= 2 * params.seats : blocks < params.seats,
-         "there must be a seat for each block, and for one more big one");
-  demand(idle_of(params) == (more == 0 ? 0 : params.seats - more),
+  const int64_t marked = marked_seats(params);
+  demand(marked >= 0, "there is a bit for a seat that there is not");
+  demand(small || blocks < params.seats,
+         "there must be a seat for each big block, and for one more");
+  demand(blocks > 2 * int64_t{params.seats} || marked == (more == 0 ? 0 : params.seats - more),
          "as many must stay idle as there are more seats than blocks");
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from longgen_kernels.cache_layout import MAX_QUERY_TOKENS, CacheLayout
 from longgen_kernels.kernels.problem import DTYPES, AttentionProblem
 
+HALF_COUNTS = 3  # of more thread blocks than run at once
 SEAT_COUNTS = 256  # for blocks of one size: one more than the multiprocessors of a GPU, at most
 
 
@@ -125,10 +126,11 @@ def tickets_needed(batch: int, kv_heads: int) -> int:
     """Int32 zeros that kernels count with, of thread blocks.
 
     One for each sequence, and one for each KV head and 8 rows of the query: 16 tokens of 16 heads have 256. Those who
-    have finished count these, which are zeros again after each kernel. The last `SEAT_COUNTS` count which big blocks
-    have begun, in all and on each multiprocessor, those before them small ones, and go on from one kernel to the next.
+    have finished count these, which are zeros again after each kernel, as are `HALF_COUNTS`, of what the halves of the
+    GPU have done. The last `SEAT_COUNTS` count which big blocks have begun, in all and on each multiprocessor, those
+    before them small ones, and go on from one kernel to the next.
     """
-    return batch * (1 + 2 * MAX_QUERY_TOKENS * kv_heads) + 2 * SEAT_COUNTS
+    return batch * (1 + 2 * MAX_QUERY_TOKENS * kv_heads) + HALF_COUNTS + 2 * SEAT_COUNTS
 
 
 @lru_cache(maxsize=4096)

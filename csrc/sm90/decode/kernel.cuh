@@ -10,6 +10,7 @@
 #include "arch/sm90/dependent_launch.cuh"
 #include "decode/append.cuh"
 #include "decode/combine.cuh"
+#include "sm90/decode/halves.cuh"
 #include "sm90/decode/lengths.cuh"
 #include "sm90/decode/seats.cuh"
 #include "sm90/decode/slices.cuh"
@@ -109,8 +110,31 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   auto& shared = *reinterpret_cast<typename Traits::Shared*>(dynamic_shared);
 
   const int warp = decode::uniform(threadIdx.x / 32);
-  if (!Traits::kPlain && params.seats > 0 && !take_seat<Traits::kBlocks>(params, shared.item))
+  if (!Traits::kPlain && !Traits::kByHalves && params.seats > 0 &&
+      !take_seat<Traits::kBlocks>(params, shared.item))
     return;
+  // The length before the kernels ahead have ended is most often the one after, and what follows
+  // from it is found while they end; not so with pages, which they may move without a trace.
+  // Another block may make the sequence longer below, when all have read its length.
+  const bool paged = params.cache.block_table != nullptr;
+  Lengths lengths{}, now;
+  int guess = 0;
+  if (Traits::kByHalves) {
+    // Blocks take items about in the order in which they come: the length of the sequence that is
+    // likely to be the one is read while the item is asked for.
+    const HalfItems items(params);
+    uint32_t answer = 0;
+    if (threadIdx.x == 0) answer = items.ask();
+    guess = assignment<Traits>(params, min(int(blockIdx.x), params.items - 1)).sequence;
+    if (!paged) lengths = read_lengths(params, guess);
+    if (threadIdx.x == 0) shared.item = items.item(answer);
+    __syncthreads();
+    if (shared.item < 0) {
+      if (threadIdx.x == 0) items.end_turn();
+      __syncthreads();
+      return;  // and so lets the next kernel start
+    }
+  }
   // Read in any case: behind a condition it would cost registers, and there are none to spare.
   const Assignment assigned = assignment<Traits>(params, decode::uniform(shared.item));
   const int split = assigned.split, splits = assigned.splits;
@@ -118,19 +142,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     shared.split = {split, splits};  // so that they take up no registers
   const decode::Tile tile =
       decode::tile_of<Traits::kRows>(params, assigned.sequence, assigned.number);
-  // The length before the kernels ahead have ended is most often the one after, and what follows
-  // from it is found while they end; not so with pages, which they may move without a trace.
-  // Another block may make the sequence longer below, when all have read its length.
-  const bool paged = params.cache.block_table != nullptr;
-  Lengths lengths{}, now;
-  if (!paged) lengths = read_lengths(params, tile.sequence);
+  if (!paged && !(Traits::kByHalves && tile.sequence == guess))
+    lengths = read_lengths(params, tile.sequence);
   BulkStream<Traits>::set_up(maps, shared, warp);
   const bool clustered = Traits::kMaxCluster > 1 && params.clustered;
   if (clustered) {
     if (threadIdx.x == 0) expect_parts<Traits>(tile, split, splits, shared);
     cluster_arrive();
   }
-  let_next_kernel_start();
+  if (!Traits::kByHalves) let_next_kernel_start();
   if (paged) {
     wait_for_previous_kernels();
     lengths = read_lengths(params, tile.sequence);
@@ -163,6 +183,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const typename Traits::Factors factors(params, tile.kv_head);
   wait_for_copies();
   stream.start_values();
+  if (Traits::kByHalves &&
+      threadIdx.x == Traits::kThreads - 1) {  // while the first keys are on their way
+    HalfItems(params).end_turn();
+    let_next_kernel_start();
+  }
   __syncthreads();
   stream.append(lengths.old, lengths.end(params.new_tokens));
   const int old = decode::uniform(lengths.old);

@@ -32,6 +32,15 @@ constexpr auto kernel_of() {
 }
 
 template <typename Traits>
+dim3 grid_of(const DecodeParams& params) {
+  if (Traits::kPersistent) return dim3(params.persistent_blocks);
+  // Of either half as many as run at once may leave with nothing.
+  if (Traits::kByHalves) return dim3(params.items + Traits::kBlocks * params.seats / 2);
+  if (params.seats > 0) return dim3(Traits::kBlocks * params.seats);
+  return decode::grid_of(params);
+}
+
+template <typename Traits>
 void launch(const DecodeParams& params) {
   const auto kernel = kernel_of<Traits>();
   // At each launch: the attribute belongs to a device, and which one is current may change.
@@ -48,9 +57,7 @@ void launch(const DecodeParams& params) {
   attributes[1].val.clusterDim.x = params.splits;
   attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = Traits::kPersistent ? dim3(params.persistent_blocks)
-                   : params.seats > 0  ? dim3(Traits::kBlocks * params.seats)
-                                       : decode::grid_of(params);
+  config.gridDim = grid_of<Traits>(params);
   config.blockDim = dim3(Traits::kThreads);
   config.dynamicSmemBytes = Traits::kSharedBytes;
   config.stream = params.stream;
@@ -64,6 +71,8 @@ void launch_of_size(const DecodeParams& params) {
   if constexpr (kHeadDim <= 128 && sizeof(Cached) == 2) {
     if (params.small_blocks && params.seats == 0 && params.splits == 1)
       return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kSmall>>(params);
+    if (params.small_blocks && params.seats > 0 && params.items > 2 * params.seats)
+      return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kSmallByHalves>>(params);
     if (params.small_blocks)
       return launch<DecodeTraits<T, Cached, kHeadDim, kOctets, Blocks::kSmallInRow>>(params);
   }

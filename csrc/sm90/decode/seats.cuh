@@ -87,7 +87,7 @@ __device__ __forceinline__ bool take_seat(const DecodeParams& params, int& share
     const int seat = seats.take(), place = kEach == 1 ? 0 : seat / params.seats;
     const int full = kEach == 1 ? 0 : params.items / params.seats;  // seats of each
     shared_item = place < full ? seat : -1;
-    const int busy = busy_before(params.idle_seats, seat - place * params.seats);
+    const int busy = busy_before(params.seat_bits, seat - place * params.seats);
     const int item = full * params.seats + busy;
     if (place == full && busy >= 0 && item < params.items) shared_item = item;
   }

@@ -14,9 +14,10 @@ namespace longgen::sm90 {
 
 // What thread blocks there are. Big: a multiprocessor holds one, with one split of one tile. Small:
 // it holds two, for where there are more tiles than multiprocessors; one reads while another begins
-// or ends. Small in a row: with seats, or some of the tiles split. Persistent: big ones, of which
-// each reads as much as any other, of whichever tiles.
-enum class Blocks { kBig, kSmall, kSmallInRow, kPersistent };
+// or ends. Small in a row: with seats, or some of the tiles split. Small by halves: more than run
+// at once, of which each half of the GPU does half. Persistent: big ones, of which each reads as
+// much as any other, of whichever tiles.
+enum class Blocks { kBig, kSmall, kSmallInRow, kSmallByHalves, kPersistent };
 
 // T is the type of queries and output, and of the matrix instructions; Cached is T or e4m3.
 template <typename T_, typename Cached_, int kHeadDim_, int kOctets_, Blocks kKind_>
@@ -27,7 +28,8 @@ struct DecodeTraits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kOctets = kOctets_;
   static constexpr bool kPlain = kKind_ == Blocks::kSmall;  // a tile each: its code is shorter
-  static constexpr bool kSmall = kPlain || kKind_ == Blocks::kSmallInRow;
+  static constexpr bool kByHalves = kKind_ == Blocks::kSmallByHalves;
+  static constexpr bool kSmall = kPlain || kByHalves || kKind_ == Blocks::kSmallInRow;
   static constexpr bool kPersistent = kKind_ == Blocks::kPersistent;
   static constexpr int kBlocks = kSmall ? 2 : 1;  // of a multiprocessor
   static constexpr int kRows = 8 * kOctets;       // of the query: tokens times heads of a group
@@ -102,9 +104,8 @@ struct DecodeTraits {
     float2 part_out[kMaxCluster == 1 ? 1 : kRows * kBoxes * kBoxElements];
     float2 part_weights[kMaxCluster][kRows];
     Mbarrier merged;
-    int item;    // of the seat
+    int item;    // of the seat, or of the half
     int2 split;  // which, of how many
-    decode::Tile tile;
     // Of a persistent block, with each warp's tasks, which take up no registers here: the next one
     // or the last; of those that merge, three by number.
     Meeting<kWarps, kMergers> meeting;

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from longgen_kernels.cache_layout import GRANULE, MAX_QUERY_TOKENS
 from longgen_kernels.kernels.cache_problem import (
+    HALF_COUNTS,
     SEAT_COUNTS,
     CacheProblem,
     CacheTensors,
@@ -20,9 +21,9 @@ from longgen_kernels.kernels.cache_problem import (
 )
 from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current_stream, has_aligned_rows, on_device
 from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd
-from longgen_kernels.kernels.cuda.division import division_of
+from longgen_kernels.kernels.cuda.division import Division, division_of
 from longgen_kernels.kernels.cuda.extension import available
-from longgen_kernels.kernels.cuda.seating import NO_IDLE_SEATS, idle_seats
+from longgen_kernels.kernels.cuda.seating import NO_SEATS, UNKNOWN, Seating, Words, idle_seats, seating_on
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import MAX_POSITION
 
@@ -130,7 +131,9 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    division = division_of(cache, blocks, rows, multiprocessors(q.device), bulk)
+    processors = multiprocessors(q.device)
+    seating = seating_on(q.device, processors) if bulk else UNKNOWN
+    division = division_of(cache, blocks, rows, processors, bulk, seating.halves_differ)
     part_out = part_weights = None
     parts = division.parts(blocks)
     if parts > 0:
@@ -138,23 +141,36 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         part_out = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
-    idle = NO_IDLE_SEATS
-    if division.seats > 0:
-        idle = idle_seats(q.device, multiprocessors(q.device), division.seats, blocks * division.splits)
-    first_count = tickets.numel() - SEAT_COUNTS * (2 if division.small_blocks else 1)
-    seat_counts = tickets.data_ptr() + first_count * tickets.element_size()
+    seats = _seats(division, blocks, seating, tickets)
     starts_early = hopper and division.starts_early and cache.tickets is not None  # others are not yet zeros then
     # By position: as keywords they would cost the host more than an allocation.
     arguments = (
-        *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(), seat_counts,
+        *_cache(cache), *_new_tokens(new, k, v), tickets.data_ptr(), seats.counts,
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
         division.splits, division.whole_tiles, starts_early, bulk, division.clustered, division.small_blocks,
-        division.persistent_blocks, division.seats, idle, address(part_out), address(part_weights), current_stream(q),
+        division.persistent_blocks, division.seats, seats.bits, address(part_out), address(part_weights),
+        current_stream(q),
     )  # fmt: skip
     with on_device(q):
         _C.attn_decode(*arguments)
     return out, lse
+
+
+class _Seats(NamedTuple):
+    bits: Words
+    counts: int  # the address
+
+
+def _seats(division: Division, tiles: int, seating: Seating, tickets: Tensor) -> _Seats:
+    if division.seats == 0:
+        return _Seats(NO_SEATS, 0)
+    each, items = 2 if division.small_blocks else 1, division.items(tiles)
+    if items > each * division.seats:
+        bits, before = seating.first_half, 2 * SEAT_COUNTS + HALF_COUNTS
+    else:
+        bits, before = idle_seats(seating.idle_order, division.seats, items), each * SEAT_COUNTS
+    return _Seats(bits, tickets.data_ptr() + (tickets.numel() - before) * tickets.element_size())
 
 
 def _chunk_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,10 @@ _LAST_SPLITS_OF_16 = (0.06, 2), (0.12, 8), (0.25, 4), (0.6, 2), (0.68, 4), (0.77
 _LAST_SPLITS_OF_LONG_16 = (0.06, 2), (0.5, 0), (0.6, 2), (0.66, 0), (0.68, 4), (0.77, 3), (0.9, 2), (1.0, 1)
 _LONG_TILE = 1536 << 10  # of keys and values
 _FULL, _FULL_OF_LONG = 0.5, 0.6  # from which part on the pieces of 16 rows are so many that the second round is full
+# Where one half of the GPU has more multiprocessors than the other, if more than the first part is left over; the
+# second round is full, and between the second and the last part the blocks are dealt by halves.
+_UNEVEN_FROM, _BY_HALVES_FROM, _BY_HALVES_UP_TO = 0.6, 0.64, 0.86
+_LAST_SPLITS_OF_UNEVEN = (_BY_HALVES_FROM, 2), (0.72, 1), (_BY_HALVES_UP_TO, 3), (1.0, 1)
 _MOST_LAST_SPLITS = 8  # of big blocks' last tiles
 _MAX_SEQUENCES = 32  # that persistent blocks share out
 _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
@@ -72,7 +76,11 @@ class Division(NamedTuple):
     small_blocks: bool = False  # whether a multiprocessor holds two
     starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
     persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
-    seats: int = 0  # multiprocessors, of which as many of either half of the GPU are at work; 0: whichever are
+    seats: int = 0  # multiprocessors, of which the GPU's halves have as much to do; 0: whichever do what there is
+
+    def items(self, tiles: int) -> int:
+        """How many splits all tiles have."""
+        return self.whole_tiles + (tiles - self.whole_tiles) * self.splits
 
     def parts(self, tiles: int) -> int:
         """How many results of parts of tiles meet in global memory."""
@@ -81,7 +89,9 @@ class Division(NamedTuple):
         return (tiles - self.whole_tiles) * self.splits if self.splits > 1 and not self.clustered else 0
 
 
-def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool) -> Division:
+def division_of(
+    cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool, halves_differ: bool = False
+) -> Division:
     """The division for `blocks` tiles of `rows` query rows, each with a sequence's keys of one KV head.
 
     `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Persistent blocks have
@@ -104,45 +114,65 @@ def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: in
     if persistent and is_long and _may_be_ragged(cache):
         return persistent
     if cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8:
-        small = _small_blocks(blocks, rows, nbytes, multiprocessors)
+        small = _small_blocks(blocks, rows, nbytes, multiprocessors, halves_differ)
         if small is not None:
             return small
     best, cost = _cheapest(blocks, nbytes, most, multiprocessors, cache.is_fp8)
     return persistent if persistent and _persistent_cost(cache, blocks, rows, each, multiprocessors) < cost else best
 
 
-def _small_blocks(tiles: int, rows: int, nbytes: int, multiprocessors: int) -> Division | None:
+def _small_blocks(tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool) -> Division | None:
     """For so many tiles of `nbytes`; None: there are too few of them.
 
     A small block reads while the other one of its multiprocessor begins or ends. If all run at once and for long,
     places that the kernel ahead frees one by one suit them less than all together, by what was measured; with seats
-    they begin early all the same. If some are left over, the last ones are split, so that no multiprocessor is idle for
-    long in the end: into as many pieces as run at once, or, as those of 16 rows cost more, so many that the second
-    round is full. But not if it nearly is, nor after two rounds, when blocks begin at all times.
+    they begin early all the same.
     """
     at_once = 2 * multiprocessors
     if tiles < _LEAST_SMALL * multiprocessors:
         return None
-    if tiles <= at_once:
-        have_seats = at_once - tiles >= _LEAST_IDLE_OF_SMALL and multiprocessors < SEAT_COUNTS
-        seats = multiprocessors if have_seats else 0
-        return Division(1, small_blocks=True, seats=seats, starts_early=have_seats or nbytes < _LATE_BYTES)
-    if tiles > 2 * at_once:
+    if tiles > at_once:
+        return _rounds_of_small_blocks(tiles, rows, nbytes, multiprocessors, halves_differ)
+    have_seats = at_once - tiles >= _LEAST_IDLE_OF_SMALL and multiprocessors < SEAT_COUNTS
+    seats = multiprocessors if have_seats else 0
+    return Division(1, small_blocks=True, seats=seats, starts_early=have_seats or nbytes < _LATE_BYTES)
+
+
+def _rounds_of_small_blocks(tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool) -> Division:
+    """For more tiles than run at once.
+
+    The last ones are split, so that no multiprocessor is idle for long in the end: into as many pieces as run at once,
+    or, as those of 16 rows cost more, so many that the second round is full. But not if it nearly is, nor after two
+    rounds, when blocks begin at all times.
+
+    Where one half of the GPU has more of the multiprocessors that read faster, its blocks end before those of the other
+    half, which then takes most of what is left and ends late. If that would matter, blocks are dealt by halves.
+    """
+    at_once = 2 * multiprocessors
+
+    def is_left_over(part: float) -> bool:  # more than that part of a round
+        return tiles > (1 + part) * at_once
+
+    if is_left_over(1):
         return Division(1, small_blocks=True)
     are_long = nbytes >= _LONG_TILE
+    are_uneven = halves_differ and is_left_over(_UNEVEN_FROM) and multiprocessors < SEAT_COUNTS
     of_16 = _LAST_SPLITS_OF_LONG_16 if are_long else _LAST_SPLITS_OF_16
-    splits = next(splits for part, splits in (_LAST_SPLITS if rows <= 8 else of_16) if tiles <= (1 + part) * at_once)
-    if splits == 1:
-        return Division(1, small_blocks=True)
+    table = _LAST_SPLITS_OF_UNEVEN if are_uneven else _LAST_SPLITS if rows <= 8 else of_16
+    splits = next(splits for part, splits in table if not is_left_over(part))
     if splits == 0:
         left_over = tiles % multiprocessors
         if left_over == 0 or left_over > multiprocessors // 2:
             return Division(1)
         return Division(min(multiprocessors // left_over, _MOST_LAST_SPLITS), whole_tiles=tiles - left_over)
+    by_halves = are_uneven and is_left_over(_BY_HALVES_FROM) and not is_left_over(_BY_HALVES_UP_TO)
+    seats = multiprocessors if by_halves else 0
+    if splits == 1:
+        return Division(1, small_blocks=True, seats=seats)
     last = at_once // splits
-    if rows > 8 and tiles > (1 + (_FULL_OF_LONG if are_long else _FULL)) * at_once:
+    if are_uneven or (rows > 8 and is_left_over(_FULL_OF_LONG if are_long else _FULL)):
         last = (2 * at_once - tiles) // (splits - 1)
-    return Division(splits, whole_tiles=tiles - last, small_blocks=True)
+    return Division(splits, whole_tiles=tiles - last, small_blocks=True, seats=seats)
 
 
 def _persistent_cost(cache: CacheTensors, tiles: int, rows: int, each: float, multiprocessors: int) -> float:

@@ -1,0 +1,194 @@
+"""How the decode kernel's work is divided: which way for which sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cache_model import PATTERNS
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longgen_kernels.cache_layout import CacheLayout
+from longgen_kernels.kernels.cache_problem import CacheTensors
+from longgen_kernels.kernels.cuda.division import Division, division_of
+
+
+def cache_of(
+    kv_heads: int, slots: int, batch: int = 1, kind: str = "causal", equal_lengths: bool = False
+) -> CacheTensors:
+    k = torch.empty(batch, kv_heads, slots, 128, dtype=torch.bfloat16, device="meta")
+    lengths = torch.zeros(batch, dtype=torch.int32, device="meta")
+    return CacheTensors(k, k, lengths, CacheLayout.compact(PATTERNS[kind]), equal_lengths=equal_lengths)
+
+
+def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True, halves_differ: bool = False) -> Division:
+    """On a GPU of 132 multiprocessors."""
+    return division_of(cache, cache.batch * cache.kv_heads, rows, 132, bulk, halves_differ)
+
+
+CLUSTER_OF_2, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 8))
+SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for early in (True, False))
+PERSISTENT = Division(1, persistent_blocks=132)
+SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits in (1, 2, 3, 4))
+SEATED_SMALL = BY_HALVES = Division(1, small_blocks=True, seats=132)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "slots", "want"),
+    [
+        (8, 2064, CLUSTER_OF_8),
+        (32, 2064, CLUSTER_OF_2),
+        (16, 2064, Division(8)),  # clusters of four would be uneven
+        (8, 9232, Division(16)),
+        (1, 2064, CLUSTER_OF_8),
+        (1, 32784, Division(65)),  # on half of the multiprocessors, one of each pair
+        (32, 9232, Division(4)),
+        (8, 131072, Division(16)),
+        (64, 64, Division(1)),
+        (132, 9232, Division(1)),
+        (184, 2064, PERSISTENT),  # small blocks would fill less than 3/4 of their places
+        (198, 2064, SEATED_SMALL),
+        (198, 9232, SEATED_SMALL),
+        (160, 9232, PERSISTENT),
+        (100, 9232, SEATED),
+        (100, 2064, SEATED),  # for less than it takes them to begin and to merge
+        (120, 2064, SEATED),
+        (124, 2064, Division(1)),  # which eight multiprocessors are idle matters little
+        (40, 9232, SEATED_3),
+        (40, 2064, Division(3)),  # what is short does not wait for seats
+        (28, 9232, SEATED_4),
+        (36, 9232, SEATED_3),
+        (64, 9232, Division(2)),
+        (132, 32768, Division(1)),
+        (32, 131072, SEATED_3),
+        (256, 2064, SMALL),
+        (264, 9232, SMALL_AND_LATE),
+        (512, 9232, SMALL),
+        (384, 9232, Division(2, whole_tiles=252, small_blocks=True)),
+        (1024, 2064, SMALL),
+        (288, 2064, Division(8, whole_tiles=255, small_blocks=True)),  # the last 33 in 264 pieces
+        (416, 4112, Division(2, whole_tiles=284, small_blocks=True)),
+        (448, 2064, Division(4, whole_tiles=382, small_blocks=True)),
+        (496, 2064, SMALL),  # the second round is nearly full
+        (576, 2064, SMALL),  # after two blocks begin at all times
+        (8, 139264, Division(16)),
+    ],
+)
+def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
+    """Clusters on half of the multiprocessors, blocks on nearly all, seats where some stay idle, small blocks for many
+    tiles, and persistent ones for what is long or does not come out even."""
+    assert divided(cache_of(kv_heads, slots)) == want
+    division = divided(cache_of(kv_heads, slots), bulk=False)
+    assert division == Division(division.splits)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "kv_heads", "slots", "want"),
+    [
+        ("causal", 8, 8, 131072, PERSISTENT),
+        ("causal", 8, 8, 9232, PERSISTENT),
+        ("strided blocks", 8, 8, 9232, Division(2)),  # sequences of whatever length keep about as much
+        ("causal", 8, 8, 2064, Division(1)),
+        ("causal", 8, 32, 9232, SMALL_AND_LATE),
+        ("causal", 8, 32, 32768, PERSISTENT),
+        ("causal", 32, 32, 131072, PERSISTENT),
+        ("causal", 33, 32, 131072, SMALL),  # a lane of a warp knows the length of one sequence
+    ],
+)
+def test_how_sequences_that_may_differ_in_length_are_divided(
+    kind: str, batch: int, kv_heads: int, slots: int, want: Division
+) -> None:
+    assert divided(cache_of(kv_heads, slots, batch, kind)) == want
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "kv_heads", "slots", "want"),
+    [
+        (8, 8, 8, 131072, PERSISTENT),
+        (8, 8, 8, 32768, Division(2)),
+        (8, 8, 32, 32768, SMALL_AND_LATE),
+        (8, 4, 32, 32768, Division(1)),
+        (16, 8, 8, 131072, PERSISTENT),
+        (16, 8, 8, 32768, Division(2)),
+        (16, 8, 1, 131072, Division(16)),
+        (16, 5, 8, 32768, SEATED_3),
+        (8, 12, 8, 4112, SEATED),
+        (8, 9, 8, 4112, SEATED),
+        (8, 9, 8, 9232, SEATED),
+        (16, 1, 48, 2064, SEATED_2),  # persistent blocks need longer for more rows
+        (16, 36, 8, 2064, Division(8, whole_tiles=255, small_blocks=True)),
+        (16, 48, 8, 2064, Division(2, whole_tiles=252, small_blocks=True)),
+        (16, 48, 8, 4112, Division(1)),  # big blocks, whose rounds cost less if they are long
+        (16, 52, 8, 2064, Division(2, whole_tiles=304, small_blocks=True)),
+        (16, 52, 8, 4112, Division(2, whole_tiles=284, small_blocks=True)),
+        (16, 54, 8, 4112, Division(3, whole_tiles=396)),
+        (16, 56, 8, 4112, Division(3, whole_tiles=408, small_blocks=True)),  # 264, then 144 and 40 in 120 pieces
+        (16, 60, 8, 2064, Division(2, whole_tiles=432, small_blocks=True)),  # 264, then 168 and 48 in 96 pieces
+        (16, 64, 8, 2064, SMALL),
+    ],
+)
+def test_how_sequences_of_one_length_are_divided(
+    rows: int, batch: int, kv_heads: int, slots: int, want: Division
+) -> None:
+    assert divided(cache_of(kv_heads, slots, batch, equal_lengths=True), rows) == want
+
+
+@pytest.mark.parametrize("rows", [8, 16])
+@pytest.mark.parametrize(
+    ("kv_heads", "want"),
+    [
+        (424, Division(2, whole_tiles=320, small_blocks=True)),  # 264, then 160 less 104 in two pieces: 264 again
+        (432, Division(2, whole_tiles=336, small_blocks=True)),
+        (434, BY_HALVES),
+        (448, BY_HALVES),
+        (464, BY_HALVES._replace(splits=3, whole_tiles=432)),
+        (488, BY_HALVES._replace(splits=3, whole_tiles=468)),
+        (492, SMALL),  # whichever half takes it, the second round is nearly full
+        (528, SMALL),
+        (544, SMALL),
+    ],
+)
+def test_where_halves_of_the_gpu_differ_they_do_as_much(kv_heads: int, want: Division, rows: int) -> None:
+    cache = cache_of(kv_heads, 2064)
+    assert divided(cache, rows, halves_differ=True) == want
+    assert divided(cache, rows).seats == 0
+
+
+@given(kv_heads=st.integers(1, 1200), slots=st.integers(1, 300), rows=st.sampled_from([8, 16]), differ=st.booleans())
+def test_there_are_as_many_items_as_a_kernel_takes(kv_heads: int, slots: int, rows: int, differ: bool) -> None:
+    """Whole tiles are some of them; big blocks with seats are fewer than these, small ones by halves more; the last
+    pieces fill no third round."""
+    division = divided(cache_of(kv_heads, 16 * slots, equal_lengths=True), rows, halves_differ=differ)
+    items, each = division.items(kv_heads), 2 if division.small_blocks else 1
+    assert 0 <= division.whole_tiles < kv_heads
+    if division.seats > 0:
+        assert division.seats == 132
+        assert division.small_blocks or items < 132
+        assert items <= 264 or differ
+    if division.whole_tiles > 0 and division.small_blocks:
+        assert items <= 2 * each * 132
+
+
+def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> None:
+    cache = cache_of(8, 131072, 8, "strided blocks")
+    assert divided(cache) == PERSISTENT
+    plain = cache._replace(layout=CacheLayout(PATTERNS["strided blocks"]))
+    assert divided(plain) == Division(2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "slots", "want"),
+    [
+        (14, 8, 4112, Division(1)),  # no seats: what is read has to be converted, which takes longer
+        (9, 8, 4112, PERSISTENT),
+        (1, 32, 2064, Division(4)),
+        (1, 8, 2064, CLUSTER_OF_8),
+        (1, 5, 9232, Division(25)),
+    ],
+)
+def test_how_fp8_caches_are_divided(batch: int, kv_heads: int, slots: int, want: Division) -> None:
+    cache = cache_of(kv_heads, slots, batch, equal_lengths=True)
+    k = torch.empty(cache.k.shape, dtype=torch.float8_e4m3fn, device="meta")
+    scale = torch.ones(kv_heads, device="meta")
+    fp8 = cache._replace(k=k, v=k, k_scale=scale, v_scale=scale, given_dtype=torch.bfloat16)
+    assert divided(fp8) == want
