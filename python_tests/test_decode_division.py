@@ -58,7 +58,9 @@ SEATED_SMALL = BY_HALVES = Division(1, small_blocks=True, seats=132)
         (40, 2064, Division(3)),  # what is short does not wait for seats
         (28, 9232, SEATED_4),
         (36, 9232, SEATED_3),
-        (64, 9232, Division(2)),
+        (64, 9232, CLUSTER_OF_2),  # on all pairs of multiprocessors
+        (60, 9232, SEATED_2),
+        (64, 1040, CLUSTER_OF_2),
         (132, 32768, Division(1)),
         (32, 131072, SEATED_3),
         (256, 2064, SMALL),
@@ -87,8 +89,8 @@ def test_how_work_is_divided(kv_heads: int, slots: int, want: Division) -> None:
     [
         ("causal", 8, 8, 131072, PERSISTENT),
         ("causal", 8, 8, 9232, PERSISTENT),
-        ("strided blocks", 8, 8, 9232, Division(2)),  # sequences of whatever length keep about as much
-        ("causal", 8, 8, 2064, Division(1)),
+        ("strided blocks", 8, 8, 9232, CLUSTER_OF_2),  # sequences of whatever length keep about as much
+        ("causal", 8, 8, 2064, CLUSTER_OF_2),
         ("causal", 8, 32, 9232, SMALL_AND_LATE),
         ("causal", 8, 32, 32768, PERSISTENT),
         ("causal", 32, 32, 131072, PERSISTENT),
@@ -110,6 +112,7 @@ def test_how_sequences_that_may_differ_in_length_are_divided(
         (8, 4, 32, 32768, Division(1)),
         (16, 8, 8, 131072, PERSISTENT),
         (16, 8, 8, 32768, Division(2)),
+        (16, 8, 8, 2064, Division(1)),  # on one of each pair of multiprocessors
         (16, 8, 1, 131072, Division(16)),
         (16, 5, 8, 32768, SEATED_3),
         (8, 12, 8, 4112, SEATED),

@@ -43,10 +43,10 @@ _LEAST_IDLE, _LEAST_IDLE_OF_SMALL = 8, 16  # multiprocessors, or their halves: o
 # What follows was fitted to measurements on an H200, where it is said how much a multiprocessor could read in some time
 # if all were reading.
 #
-# While blocks begin and merge: a cluster; blocks without splits, splits that all run at once, others, those of fp8
-# caches, and each split more than 16; who takes a seat. Persistent blocks, for tiles of up to 8 rows, of more, and of
-# fp8 caches, and each part of a tile more than 8.
-_CLUSTER_COST = 100 << 10
+# While blocks begin and merge: a cluster, on half of the multiprocessors or, of two, on more; blocks without splits,
+# splits that all run at once, others, those of fp8 caches, and each split more than 16; who takes a seat. Persistent
+# blocks, for tiles of up to 8 rows, of more, and of fp8 caches, and each part of a tile more than 8.
+_CLUSTER_COST, _PAIRS_COST = 100 << 10, 92 << 10
 _WHOLE_COST, _ROUND_COST, _ROUNDS_COST, _ROUNDS_COST_OF_FP8 = 84 << 10, 144 << 10, 304 << 10, 500 << 10
 _MANY_SPLITS, _SPLIT_COST = 16, 1792
 _SEATS_COST = 23 << 10
@@ -60,11 +60,11 @@ _SLOWER_OF_FP8, _TILE_COST_OF_FP8 = 1.06, 30 << 10
 _SLOWEST, _LATER, _LEAST_ROUNDS = 1.005, 0.25, 1.5
 # The same with seats, if a third of the multiprocessors and more stay idle.
 _FEW_SEATED = 1.006
-# What share of that a multiprocessor needs where others are idle: nearly half of them, one of each pair; those without
-# seats; whichever; blocks of fp8 caches that do not all run at once. In a cluster of two, or few clusters; in others,
-# which are not spread evenly over the GPU.
-_HALF_ALONE, _SEATED_ALONE, _ALONE, _ALONE_OF_FP8 = 0.505, 0.55, 0.945, 1.06
-_PAIR_ALONE, _CLUSTER_ALONE = 0.49, 0.75
+# What share of that a multiprocessor needs where others are idle: nearly half of them, one of each pair, for up to 8
+# rows, for more; those without seats; whichever; blocks of fp8 caches that do not all run at once. In a cluster of two,
+# or few clusters; in others, which are not spread evenly over the GPU; in clusters of two on more than half of it.
+_HALF_ALONE, _HALF_ALONE_OF_16, _SEATED_ALONE, _ALONE, _ALONE_OF_FP8 = 0.505, 0.525, 0.55, 0.945, 1.06
+_PAIR_ALONE, _CLUSTER_ALONE, _PAIRS_ALONE = 0.49, 0.75, 0.983
 
 
 class Division(NamedTuple):
@@ -98,8 +98,9 @@ def division_of(
     what is long if sequences, by what is known, may differ much in length, small blocks what is many tiles. Otherwise
     what takes the least time:
 
-    - A cluster merges its splits sooner than blocks that meet in global memory, but clusters do not fit on all
-      multiprocessors: on half of them they do, and on some parts of the GPU more than on others.
+    - A cluster merges its splits sooner than blocks that meet in global memory, but only clusters of two fit on all
+      multiprocessors: others do on half of them, and on some parts of the GPU more than on others. With 16 rows, on
+      more than half of the multiprocessors, they are no faster.
     - Splits, or whole tiles. Where some multiprocessors stay idle, blocks take seats, so that both halves of the GPU
       have as many; not blocks of fp8 caches, which are not read that fast.
     - Persistent blocks even out what splits would not, but take longer to begin and to merge.
@@ -117,7 +118,7 @@ def division_of(
         small = _small_blocks(blocks, rows, nbytes, multiprocessors, halves_differ)
         if small is not None:
             return small
-    best, cost = _cheapest(blocks, nbytes, most, multiprocessors, cache.is_fp8)
+    best, cost = _cheapest(blocks, rows, nbytes, most, multiprocessors, cache.is_fp8)
     return persistent if persistent and _persistent_cost(cache, blocks, rows, each, multiprocessors) < cost else best
 
 
@@ -197,12 +198,16 @@ def _may_be_ragged(cache: CacheTensors) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _cheapest(blocks: int, nbytes: int, most: int, multiprocessors: int, is_fp8: bool) -> tuple[Division, float]:
+def _cheapest(
+    blocks: int, rows: int, nbytes: int, most: int, multiprocessors: int, is_fp8: bool
+) -> tuple[Division, float]:
     """Of clusters and splits what takes the least time, and how much one of the multiprocessors could read in it."""
     each = blocks * nbytes / multiprocessors
 
     def cost(way: Division) -> float:
         count, own = blocks * way.splits, nbytes / way.splits
+        if way.clustered and 2 * count > multiprocessors:
+            return max(each, _PAIRS_ALONE * own) + _PAIRS_COST
         if way.clustered:
             are_spread = way.splits == 2 or 4 * count <= multiprocessors
             alone = 1.0 if is_fp8 else _PAIR_ALONE if are_spread else _CLUSTER_ALONE
@@ -217,13 +222,16 @@ def _cheapest(blocks: int, nbytes: int, most: int, multiprocessors: int, is_fp8:
         if rounds > 1 and way.splits == 1 and not is_fp8:
             return max(each + _LATER * own, _LEAST_ROUNDS * own) + beginning
         are_half = 2 * count <= multiprocessors - 2 and not is_fp8
-        alone = _HALF_ALONE if are_half else _ALONE_OF_FP8 if is_fp8 and rounds > 1 else _ALONE
+        of_half = _HALF_ALONE if rows <= 8 else _HALF_ALONE_OF_16
+        alone = of_half if are_half else _ALONE_OF_FP8 if is_fp8 and rounds > 1 else _ALONE
         return _SLOWEST * max(each, alone * rounds * own) + beginning
 
     def ways() -> Iterator[Division]:
         cluster = min(_MAX_CLUSTER, multiprocessors // 2 // blocks, most)
         if cluster > 1 and nbytes <= cluster * _CLUSTERED_BYTES:
             yield Division(cluster, clustered=True)
+        if multiprocessors < 4 * blocks <= 2 * multiprocessors and most > 1 and rows <= 8 and not is_fp8:
+            yield Division(2, clustered=True)
         for splits in range(1, max(1, most) + 1):
             yield Division(splits)
             if blocks * splits <= multiprocessors - _LEAST_IDLE and multiprocessors < SEAT_COUNTS and not is_fp8:
