@@ -21,7 +21,7 @@ def cache_of(
     return CacheTensors(k, k, lengths, CacheLayout.compact(PATTERNS[kind]), equal_lengths=equal_lengths)
 
 
-def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True, halves_differ: bool = False) -> Division:
+def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True, halves_differ: bool | None = None) -> Division:
     """On a GPU of 132 multiprocessors."""
     return division_of(cache, cache.batch * cache.kv_heads, rows, 132, bulk, halves_differ)
 
@@ -30,7 +30,7 @@ CLUSTER_OF_2, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2,
 SMALL, SMALL_AND_LATE = (Division(1, small_blocks=True, starts_early=early) for early in (True, False))
 PERSISTENT = Division(1, persistent_blocks=132)
 SEATED, SEATED_2, SEATED_3, SEATED_4 = (Division(splits, seats=132) for splits in (1, 2, 3, 4))
-SEATED_SMALL = BY_HALVES = Division(1, small_blocks=True, seats=132)
+SEATED_SMALL = Division(1, small_blocks=True, seats=132)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +127,8 @@ def test_how_sequences_that_may_differ_in_length_are_divided(
         (16, 54, 8, 4112, Division(3, whole_tiles=396)),
         (16, 56, 8, 4112, Division(3, whole_tiles=408, small_blocks=True)),  # 264, then 144 and 40 in 120 pieces
         (16, 60, 8, 2064, Division(2, whole_tiles=432, small_blocks=True)),  # 264, then 168 and 48 in 96 pieces
+        (8, 58, 8, 4112, Division(3, whole_tiles=432, small_blocks=True)),
+        (8, 60, 8, 4112, Division(2, whole_tiles=432, small_blocks=True)),
         (16, 64, 8, 2064, SMALL),
     ],
 )
@@ -136,40 +138,47 @@ def test_how_sequences_of_one_length_are_divided(
     assert divided(cache_of(kv_heads, slots, batch, equal_lengths=True), rows) == want
 
 
-@pytest.mark.parametrize("rows", [8, 16])
+ALIKE, DIFFERENT = "of halves that are alike", "of halves that differ"
+
+
 @pytest.mark.parametrize(
-    ("kv_heads", "want"),
+    ("rows", "kv_heads", "slots", "by_halves"),
     [
-        (424, Division(2, whole_tiles=320, small_blocks=True)),  # 264, then 160 less 104 in two pieces: 264 again
-        (432, Division(2, whole_tiles=336, small_blocks=True)),
-        (434, BY_HALVES),
-        (448, BY_HALVES),
-        (464, BY_HALVES._replace(splits=3, whole_tiles=432)),
-        (488, BY_HALVES._replace(splits=3, whole_tiles=468)),
-        (492, SMALL),  # whichever half takes it, the second round is nearly full
-        (528, SMALL),
-        (544, SMALL),
+        (8, 464, 2064, []),
+        (8, 464, 3088, [DIFFERENT]),
+        (8, 464, 4112, [ALIKE, DIFFERENT]),
+        (8, 440, 3088, []),
+        (8, 440, 4112, []),
+        (16, 456, 2064, [DIFFERENT]),
+        (16, 480, 2064, []),
+        (16, 480, 3088, [DIFFERENT]),
+        (16, 448, 4112, [DIFFERENT]),
+        (16, 456, 4112, [ALIKE, DIFFERENT]),
+        (16, 496, 4112, [ALIKE, DIFFERENT]),
+        (16, 500, 4112, []),  # whichever half takes it, the second round is nearly full
+        (16, 544, 4112, []),
     ],
 )
-def test_where_halves_of_the_gpu_differ_they_do_as_much(kv_heads: int, want: Division, rows: int) -> None:
-    cache = cache_of(kv_heads, 2064)
-    assert divided(cache, rows, halves_differ=True) == want
-    assert divided(cache, rows).seats == 0
+def test_when_each_half_of_the_gpu_does_half(rows: int, kv_heads: int, slots: int, by_halves: list[str]) -> None:
+    cache = cache_of(kv_heads, slots)
+    for halves, differ in ((ALIKE, False), (DIFFERENT, True)):
+        assert divided(cache, rows, halves_differ=differ).seats == (132 if halves in by_halves else 0)
 
 
 @given(kv_heads=st.integers(1, 1200), slots=st.integers(1, 300), rows=st.sampled_from([8, 16]), differ=st.booleans())
 def test_there_are_as_many_items_as_a_kernel_takes(kv_heads: int, slots: int, rows: int, differ: bool) -> None:
     """Whole tiles are some of them; big blocks with seats are fewer than these, small ones by halves more; the last
-    pieces fill no third round."""
-    division = divided(cache_of(kv_heads, 16 * slots, equal_lengths=True), rows, halves_differ=differ)
-    items, each = division.items(kv_heads), 2 if division.small_blocks else 1
+    pieces of 16 rows need no third round. And which halves there are changes only who does what: bits stay the same."""
+    cache = cache_of(kv_heads, 16 * slots, equal_lengths=True)
+    unknown, division = divided(cache, rows), divided(cache, rows, halves_differ=differ)
+    items, at_once = division.items(kv_heads), 264 if division.small_blocks else 132
     assert 0 <= division.whole_tiles < kv_heads
-    if division.seats > 0:
-        assert division.seats == 132
-        assert division.small_blocks or items < 132
-        assert items <= 264 or differ
-    if division.whole_tiles > 0 and division.small_blocks:
-        assert items <= 2 * each * 132
+    assert division.seats == 0 or (division.seats == 132 and (division.small_blocks or items < 132))
+    if division.whole_tiles > 0 and division.small_blocks and rows == 16:
+        assert items <= 2 * at_once
+    if division != unknown:
+        assert items > at_once
+        assert division == unknown._replace(seats=132)
 
 
 def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from longgen_kernels.cache_layout import GRANULE
 from longgen_kernels.kernels.cache_problem import SEAT_COUNTS, CacheTensors, max_tiles, num_splits
+from longgen_kernels.kernels.cuda.rounds import last_tiles
 
 __all__ = ["Division", "division_of"]
 
@@ -22,18 +23,6 @@ _CLUSTERED_BYTES = 768 << 10  # of keys and values that a block of a cluster rea
 _SMALL_HEAD_DIM = 128  # of small thread blocks, at most; a multiprocessor holds two
 _LEAST_SMALL = 1.45  # tiles for each multiprocessor: fewer are not read evenly by small blocks
 _LATE_BYTES = 2 << 20  # of keys and values that a small block reads, at least, if it is not to start early
-# Small blocks have one round of tiles and a part of another: up to which part, into how many pieces each of the last
-# is split; 0: big blocks have them. Of up to 8 rows; of 16; of 16 where tiles are long.
-_LAST_SPLITS = (0.06, 2), (0.13, 8), (0.25, 4), (0.6, 2), (0.85, 4), (1.0, 1)
-_LAST_SPLITS_OF_16 = (0.06, 2), (0.12, 8), (0.25, 4), (0.6, 2), (0.68, 4), (0.77, 3), (0.9, 2), (1.0, 1)
-_LAST_SPLITS_OF_LONG_16 = (0.06, 2), (0.5, 0), (0.6, 2), (0.66, 0), (0.68, 4), (0.77, 3), (0.9, 2), (1.0, 1)
-_LONG_TILE = 1536 << 10  # of keys and values
-_FULL, _FULL_OF_LONG = 0.5, 0.6  # from which part on the pieces of 16 rows are so many that the second round is full
-# Where one half of the GPU has more multiprocessors than the other, if more than the first part is left over; the
-# second round is full, and between the second and the last part the blocks are dealt by halves.
-_UNEVEN_FROM, _BY_HALVES_FROM, _BY_HALVES_UP_TO = 0.6, 0.64, 0.86
-_LAST_SPLITS_OF_UNEVEN = (_BY_HALVES_FROM, 2), (0.72, 1), (_BY_HALVES_UP_TO, 3), (1.0, 1)
-_MOST_LAST_SPLITS = 8  # of big blocks' last tiles
 _MAX_SEQUENCES = 32  # that persistent blocks share out
 _MAX_SLOTS = 16 << 30  # of all KV heads and row tiles, likewise: they count pairs of chunks in 32 bits
 # Of keys and values that a persistent block reads, at least, where sequences may be ragged; that a tile has, at least,
@@ -90,13 +79,14 @@ class Division(NamedTuple):
 
 
 def division_of(
-    cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool, halves_differ: bool = False
+    cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool, halves_differ: bool | None = None
 ) -> Division:
     """The division for `blocks` tiles of `rows` query rows, each with a sequence's keys of one KV head.
 
-    `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Persistent blocks have
-    what is long if sequences, by what is known, may differ much in length, small blocks what is many tiles. Otherwise
-    what takes the least time:
+    `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. `halves_differ`: whether
+    one half of the GPU has more multiprocessors than the other, None if it is not known; the result's bits do not
+    depend on it. Persistent blocks have what is long if sequences, by what is known, may differ much in length, small
+    blocks what is many tiles. Otherwise what takes the least time:
 
     - A cluster merges its splits sooner than blocks that meet in global memory, but only clusters of two fit on all
       multiprocessors: others do on half of them, and on some parts of the GPU more than on others. With 16 rows, on
@@ -122,58 +112,30 @@ def division_of(
     return persistent if persistent and _persistent_cost(cache, blocks, rows, each, multiprocessors) < cost else best
 
 
-def _small_blocks(tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool) -> Division | None:
+def _small_blocks(
+    tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool | None
+) -> Division | None:
     """For so many tiles of `nbytes`; None: there are too few of them.
 
     A small block reads while the other one of its multiprocessor begins or ends. If all run at once and for long,
     places that the kernel ahead frees one by one suit them less than all together, by what was measured; with seats
-    they begin early all the same.
+    they begin early all the same. `halves_differ`: see rounds.py.
     """
     at_once = 2 * multiprocessors
     if tiles < _LEAST_SMALL * multiprocessors:
         return None
     if tiles > at_once:
-        return _rounds_of_small_blocks(tiles, rows, nbytes, multiprocessors, halves_differ)
+        last = last_tiles(tiles, rows, nbytes, multiprocessors, halves_differ)
+        by_halves = last.by_halves and multiprocessors < SEAT_COUNTS
+        return Division(
+            last.pieces,
+            whole_tiles=tiles - last.split if last.split > 0 else 0,
+            small_blocks=last.are_small,
+            seats=multiprocessors if by_halves else 0,
+        )
     have_seats = at_once - tiles >= _LEAST_IDLE_OF_SMALL and multiprocessors < SEAT_COUNTS
     seats = multiprocessors if have_seats else 0
     return Division(1, small_blocks=True, seats=seats, starts_early=have_seats or nbytes < _LATE_BYTES)
-
-
-def _rounds_of_small_blocks(tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool) -> Division:
-    """For more tiles than run at once.
-
-    The last ones are split, so that no multiprocessor is idle for long in the end: into as many pieces as run at once,
-    or, as those of 16 rows cost more, so many that the second round is full. But not if it nearly is, nor after two
-    rounds, when blocks begin at all times.
-
-    Where one half of the GPU has more of the multiprocessors that read faster, its blocks end before those of the other
-    half, which then takes most of what is left and ends late. If that would matter, blocks are dealt by halves.
-    """
-    at_once = 2 * multiprocessors
-
-    def is_left_over(part: float) -> bool:  # more than that part of a round
-        return tiles > (1 + part) * at_once
-
-    if is_left_over(1):
-        return Division(1, small_blocks=True)
-    are_long = nbytes >= _LONG_TILE
-    are_uneven = halves_differ and is_left_over(_UNEVEN_FROM) and multiprocessors < SEAT_COUNTS
-    of_16 = _LAST_SPLITS_OF_LONG_16 if are_long else _LAST_SPLITS_OF_16
-    table = _LAST_SPLITS_OF_UNEVEN if are_uneven else _LAST_SPLITS if rows <= 8 else of_16
-    splits = next(splits for part, splits in table if not is_left_over(part))
-    if splits == 0:
-        left_over = tiles % multiprocessors
-        if left_over == 0 or left_over > multiprocessors // 2:
-            return Division(1)
-        return Division(min(multiprocessors // left_over, _MOST_LAST_SPLITS), whole_tiles=tiles - left_over)
-    by_halves = are_uneven and is_left_over(_BY_HALVES_FROM) and not is_left_over(_BY_HALVES_UP_TO)
-    seats = multiprocessors if by_halves else 0
-    if splits == 1:
-        return Division(1, small_blocks=True, seats=seats)
-    last = at_once // splits
-    if are_uneven or (rows > 8 and is_left_over(_FULL_OF_LONG if are_long else _FULL)):
-        last = (2 * at_once - tiles) // (splits - 1)
-    return Division(splits, whole_tiles=tiles - last, small_blocks=True, seats=seats)
 
 
 def _persistent_cost(cache: CacheTensors, tiles: int, rows: int, each: float, multiprocessors: int) -> float:

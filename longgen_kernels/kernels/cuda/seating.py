@@ -36,7 +36,7 @@ class Seating(NamedTuple):
 
     idle_order: tuple[int, ...] = ()  # of all, in which they stay idle
     first_half: Words = NO_SEATS  # a bit for each of one half
-    halves_differ: bool = False  # in how many they have
+    halves_differ: bool | None = None  # in how many they have
 
 
 UNKNOWN = Seating()

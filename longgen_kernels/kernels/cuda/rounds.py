@@ -1,0 +1,95 @@
+"""What the decode kernel does with more tiles than small thread blocks run at once: two rounds, of which the last tiles
+are split so that no multiprocessor is idle for long in the end.
+
+How they are split depends on sizes alone, so that a result has the same bits on any GPU of as many multiprocessors.
+What is known of its halves decides only which multiprocessors do it.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+__all__ = ["LastTiles", "last_tiles"]
+
+
+class _Halves(Enum):
+    """Whether each half of the GPU does half of the blocks.
+
+    Where a half has more of the multiprocessors that read faster, its first blocks end before those of the other half,
+    which then takes most of what is left and ends late: up to 10% more time. Where the halves are alike, dealing by
+    halves costs a microsecond or two, which what is long makes up for.
+    """
+
+    NEVER = 0
+    IF_THEY_DIFFER = 1
+    IF_KNOWN = 2
+
+
+class _Rule(NamedTuple):
+    """For up to a part of a round that is left over: into how many pieces each of the last tiles is split."""
+
+    up_to: float
+    pieces: int = 1
+    is_full: bool = False  # so many tiles that the second round is full; or else as many pieces as run at once
+    are_big: bool = False  # big blocks have all, and as many pieces of the last round as it needs to be full
+    halves: _Halves = _Halves.NEVER
+
+
+_MOST_BIG_PIECES = 8  # of a tile
+_LONG, _VERY_LONG = 1536 << 10, 2 << 20  # keys and values of a tile, in bytes
+
+# Measured on an H200. Pieces of 16 rows cost more than those of 8, of which each has half as much to write for others.
+_OF_8 = (_Rule(0.06, 2), _Rule(0.13, 8), _Rule(0.25, 4), _Rule(0.6, 2))
+_OF_16 = (_Rule(0.06, 2), _Rule(0.12, 8), _Rule(0.25, 4), _Rule(0.5, 2), _Rule(0.6, 2, True), _Rule(0.68, 4, True))
+_LONG_OF_16 = (
+    _Rule(0.06, 2), _Rule(0.5, are_big=True), _Rule(0.6, 2), _Rule(0.66, are_big=True), _Rule(0.68, 4, True)
+)  # fmt: skip
+_BY_HALVES = (
+    _Rule(0.79, 3, True, halves=_Halves.IF_KNOWN),
+    _Rule(0.89, 2, True, halves=_Halves.IF_KNOWN),
+)
+_IN_THREE = _Rule(0.77, 3, True, halves=_Halves.IF_THEY_DIFFER)
+_WHOLE = _Rule(1.0)  # the second round is nearly full
+_RULES = {  # by whether a tile has more than 8 rows, and how long it is: below _LONG, _VERY_LONG, or longer
+    (False, 0): (*_OF_8, _Rule(0.85, 4), _WHOLE),
+    (False, 1): (*_OF_8, _Rule(0.68, 4), _Rule(0.85, 4, halves=_Halves.IF_THEY_DIFFER), _WHOLE),
+    (False, 2): (*_OF_8, _Rule(0.71, 4), *_BY_HALVES, _WHOLE),
+    (True, 0): (*_OF_16, _IN_THREE, _Rule(0.9, 2, True), _WHOLE),
+    (True, 1): (
+        *_LONG_OF_16,
+        _IN_THREE,
+        _Rule(0.86, 2, True, halves=_Halves.IF_THEY_DIFFER),
+        _Rule(0.9, 2, True),
+        _WHOLE,
+    ),
+    (True, 2): (*_LONG_OF_16, _IN_THREE._replace(up_to=0.71), *_BY_HALVES, _WHOLE),
+}
+
+
+class LastTiles(NamedTuple):
+    """How many of the tiles are split, into how many pieces, by which blocks."""
+
+    split: int
+    pieces: int
+    are_small: bool
+    by_halves: bool
+
+
+def last_tiles(tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool | None) -> LastTiles:
+    """For `tiles` of `rows` query rows and `nbytes` keys and values, more than two for each multiprocessor.
+
+    After two rounds nothing is split, as blocks begin at all times.
+    """
+    at_once = 2 * multiprocessors
+    length = (nbytes >= _LONG) + (nbytes >= _VERY_LONG)
+    rule = next((r for r in _RULES[rows > 8, length] if tiles <= (1 + r.up_to) * at_once), _WHOLE)
+    if rule.are_big:
+        left_over = tiles % multiprocessors
+        pieces = 1 if left_over == 0 else min(max(1, multiprocessors // left_over), _MOST_BIG_PIECES)
+        return LastTiles(0 if pieces == 1 else left_over, pieces, are_small=False, by_halves=False)
+    by_halves = halves_differ is not None and rule.halves.value >= (1 if halves_differ else 2)
+    if rule.pieces == 1:
+        return LastTiles(0, 1, are_small=True, by_halves=by_halves)
+    split = (2 * at_once - tiles) // (rule.pieces - 1) if rule.is_full else at_once // rule.pieces
+    return LastTiles(split, rule.pieces, are_small=True, by_halves=by_halves)
