@@ -36,34 +36,31 @@ class _Rule(NamedTuple):
     halves: _Halves = _Halves.NEVER
 
 
+def _full(up_to: float, pieces: int, halves: _Halves = _Halves.NEVER) -> _Rule:
+    return _Rule(up_to, pieces, is_full=True, halves=halves)
+
+
+def _big(up_to: float) -> _Rule:
+    return _Rule(up_to, are_big=True)
+
+
 _MOST_BIG_PIECES = 8  # of a tile
 _LONG, _VERY_LONG = 1536 << 10, 2 << 20  # keys and values of a tile, in bytes
 
 # Measured on an H200. Pieces of 16 rows cost more than those of 8, of which each has half as much to write for others.
 _OF_8 = (_Rule(0.06, 2), _Rule(0.13, 8), _Rule(0.25, 4), _Rule(0.6, 2))
-_OF_16 = (_Rule(0.06, 2), _Rule(0.12, 8), _Rule(0.25, 4), _Rule(0.5, 2), _Rule(0.6, 2, True), _Rule(0.68, 4, True))
-_LONG_OF_16 = (
-    _Rule(0.06, 2), _Rule(0.5, are_big=True), _Rule(0.6, 2), _Rule(0.66, are_big=True), _Rule(0.68, 4, True)
-)  # fmt: skip
-_BY_HALVES = (
-    _Rule(0.79, 3, True, halves=_Halves.IF_KNOWN),
-    _Rule(0.89, 2, True, halves=_Halves.IF_KNOWN),
-)
-_IN_THREE = _Rule(0.77, 3, True, halves=_Halves.IF_THEY_DIFFER)
+_OF_16 = (_Rule(0.06, 2), _Rule(0.12, 8), _Rule(0.25, 4), _Rule(0.5, 2), _full(0.6, 2), _full(0.68, 4))
+_LONG_OF_16 = (_Rule(0.06, 2), _big(0.5), _Rule(0.6, 2), _big(0.66), _full(0.68, 4))
+_BY_HALVES = (_full(0.79, 3, _Halves.IF_KNOWN), _full(0.89, 2, _Halves.IF_KNOWN))
 _WHOLE = _Rule(1.0)  # the second round is nearly full
-_RULES = {  # by whether a tile has more than 8 rows, and how long it is: below _LONG, _VERY_LONG, or longer
+_DIFFER = _Halves.IF_THEY_DIFFER
+_RULES = {  # by whether a tile has more than 8 rows, and how long it is: below _LONG, below _VERY_LONG, or longer
     (False, 0): (*_OF_8, _Rule(0.85, 4), _WHOLE),
-    (False, 1): (*_OF_8, _Rule(0.68, 4), _Rule(0.85, 4, halves=_Halves.IF_THEY_DIFFER), _WHOLE),
+    (False, 1): (*_OF_8, _Rule(0.68, 4), _Rule(0.85, 4, halves=_DIFFER), _WHOLE),
     (False, 2): (*_OF_8, _Rule(0.71, 4), *_BY_HALVES, _WHOLE),
-    (True, 0): (*_OF_16, _IN_THREE, _Rule(0.9, 2, True), _WHOLE),
-    (True, 1): (
-        *_LONG_OF_16,
-        _IN_THREE,
-        _Rule(0.86, 2, True, halves=_Halves.IF_THEY_DIFFER),
-        _Rule(0.9, 2, True),
-        _WHOLE,
-    ),
-    (True, 2): (*_LONG_OF_16, _IN_THREE._replace(up_to=0.71), *_BY_HALVES, _WHOLE),
+    (True, 0): (*_OF_16, _full(0.77, 3, _DIFFER), _full(0.9, 2), _WHOLE),
+    (True, 1): (*_LONG_OF_16, _full(0.77, 3, _DIFFER), _full(0.86, 2, _DIFFER), _full(0.9, 2), _WHOLE),
+    (True, 2): (*_LONG_OF_16, _full(0.71, 3, _DIFFER), *_BY_HALVES, _WHOLE),
 }
 
 
