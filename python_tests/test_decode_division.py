@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from longgen_kernels.cache_layout import CacheLayout
 from longgen_kernels.kernels.cache_problem import CacheTensors
 from longgen_kernels.kernels.cuda.division import Division, division_of
+from longgen_kernels.kernels.cuda.rounds import Halves
 
 
 def cache_of(
@@ -21,9 +22,9 @@ def cache_of(
     return CacheTensors(k, k, lengths, CacheLayout.compact(PATTERNS[kind]), equal_lengths=equal_lengths)
 
 
-def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True, halves_differ: bool | None = None) -> Division:
+def divided(cache: CacheTensors, rows: int = 8, bulk: bool = True) -> Division:
     """On a GPU of 132 multiprocessors."""
-    return division_of(cache, cache.batch * cache.kv_heads, rows, 132, bulk, halves_differ)
+    return division_of(cache, cache.batch * cache.kv_heads, rows, 132, bulk)
 
 
 CLUSTER_OF_2, CLUSTER_OF_8 = (Division(splits, clustered=True) for splits in (2, 8))
@@ -125,10 +126,16 @@ def test_how_sequences_that_may_differ_in_length_are_divided(
         (16, 52, 8, 2064, Division(2, whole_tiles=304, small_blocks=True)),
         (16, 52, 8, 4112, Division(2, whole_tiles=284, small_blocks=True)),
         (16, 54, 8, 4112, Division(3, whole_tiles=396)),
-        (16, 56, 8, 4112, Division(3, whole_tiles=408, small_blocks=True)),  # 264, then 144 and 40 in 120 pieces
+        (
+            16,
+            56,
+            8,
+            4112,
+            Division(3, whole_tiles=408, small_blocks=True, seats=132, halves=Halves.DIFFERENT),
+        ),  # 264, then 144 and 40 in 120 pieces
         (16, 60, 8, 2064, Division(2, whole_tiles=432, small_blocks=True)),  # 264, then 168 and 48 in 96 pieces
-        (8, 58, 8, 4112, Division(3, whole_tiles=432, small_blocks=True)),
-        (8, 60, 8, 4112, Division(2, whole_tiles=432, small_blocks=True)),
+        (8, 58, 8, 4112, Division(3, whole_tiles=432, small_blocks=True, seats=132, halves=Halves.KNOWN)),
+        (8, 60, 8, 4112, Division(2, whole_tiles=432, small_blocks=True, seats=132, halves=Halves.KNOWN)),
         (16, 64, 8, 2064, SMALL),
     ],
 )
@@ -138,47 +145,49 @@ def test_how_sequences_of_one_length_are_divided(
     assert divided(cache_of(kv_heads, slots, batch, equal_lengths=True), rows) == want
 
 
-ALIKE, DIFFERENT = "of halves that are alike", "of halves that differ"
-
-
 @pytest.mark.parametrize(
-    ("rows", "kv_heads", "slots", "by_halves"),
+    ("rows", "kv_heads", "slots", "halves"),
     [
-        (8, 464, 2064, []),
-        (8, 464, 3088, [DIFFERENT]),
-        (8, 464, 4112, [ALIKE, DIFFERENT]),
-        (8, 440, 3088, []),
-        (8, 440, 4112, []),
-        (16, 456, 2064, [DIFFERENT]),
-        (16, 480, 2064, []),
-        (16, 480, 3088, [DIFFERENT]),
-        (16, 448, 4112, [DIFFERENT]),
-        (16, 456, 4112, [ALIKE, DIFFERENT]),
-        (16, 496, 4112, [ALIKE, DIFFERENT]),
-        (16, 500, 4112, []),  # whichever half takes it, the second round is nearly full
-        (16, 544, 4112, []),
+        (8, 464, 2064, None),
+        (8, 464, 3088, Halves.DIFFERENT),
+        (8, 464, 4112, Halves.KNOWN),
+        (8, 440, 3088, None),
+        (8, 440, 4112, None),
+        (16, 456, 2064, Halves.DIFFERENT),
+        (16, 480, 2064, None),
+        (16, 480, 3088, Halves.DIFFERENT),
+        (16, 448, 4112, Halves.DIFFERENT),
+        (16, 456, 4112, Halves.KNOWN),
+        (16, 496, 4112, Halves.KNOWN),
+        (16, 500, 4112, None),  # whichever half takes it, the second round is nearly full
+        (16, 544, 4112, None),
     ],
 )
-def test_when_each_half_of_the_gpu_does_half(rows: int, kv_heads: int, slots: int, by_halves: list[str]) -> None:
-    cache = cache_of(kv_heads, slots)
-    for halves, differ in ((ALIKE, False), (DIFFERENT, True)):
-        assert divided(cache, rows, halves_differ=differ).seats == (132 if halves in by_halves else 0)
+def test_on_which_gpus_each_half_does_half(rows: int, kv_heads: int, slots: int, halves: Halves | None) -> None:
+    division = divided(cache_of(kv_heads, slots), rows)
+    assert (division.seats, division.halves) == ((0, Halves.ANY) if halves is None else (132, halves))
 
 
-@given(kv_heads=st.integers(1, 1200), slots=st.integers(1, 300), rows=st.sampled_from([8, 16]), differ=st.booleans())
-def test_there_are_as_many_items_as_a_kernel_takes(kv_heads: int, slots: int, rows: int, differ: bool) -> None:
-    """Whole tiles are some of them; big blocks with seats are fewer than these, small ones by halves more; the last
-    pieces of 16 rows need no third round. And which halves there are changes only who does what: bits stay the same."""
-    cache = cache_of(kv_heads, 16 * slots, equal_lengths=True)
-    unknown, division = divided(cache, rows), divided(cache, rows, halves_differ=differ)
+@pytest.mark.parametrize("differ", [None, False, True])
+def test_what_halves_must_be(differ: bool | None) -> None:
+    assert Halves.ANY.are(differ)
+    assert Halves.KNOWN.are(differ) == (differ is not None)
+    assert Halves.DIFFERENT.are(differ) == (differ is True)
+
+
+@given(kv_heads=st.integers(1, 1200), slots=st.integers(1, 300), rows=st.sampled_from([8, 16]))
+def test_there_are_as_many_items_as_a_kernel_takes(kv_heads: int, slots: int, rows: int) -> None:
+    """Whole tiles are some of them; big blocks with seats are fewer than these; the last pieces of 16 rows need no
+    third round. Where more than run at once are dealt by halves, these must be known."""
+    division = divided(cache_of(kv_heads, 16 * slots, equal_lengths=True), rows)
     items, at_once = division.items(kv_heads), 264 if division.small_blocks else 132
     assert 0 <= division.whole_tiles < kv_heads
-    assert division.seats == 0 or (division.seats == 132 and (division.small_blocks or items < 132))
+    if division.seats > 0:
+        assert division.seats == 132
+        assert division.small_blocks or items < 132
+        assert (division.halves is Halves.ANY) == (items <= at_once)
     if division.whole_tiles > 0 and division.small_blocks and rows == 16:
         assert items <= 2 * at_once
-    if division != unknown:
-        assert items > at_once
-        assert division == unknown._replace(seats=132)
 
 
 def test_persistent_blocks_leave_plain_tensors_of_a_sparse_pattern_alone() -> None:

@@ -23,7 +23,7 @@ from longgen_kernels.kernels.cuda.arguments import DTYPE_NAMES, address, current
 from longgen_kernels.kernels.cuda.attention import attention_unsupported, attn_fwd
 from longgen_kernels.kernels.cuda.division import Division, division_of
 from longgen_kernels.kernels.cuda.extension import available
-from longgen_kernels.kernels.cuda.seating import NO_SEATS, UNKNOWN, Seating, Words, idle_seats, seating_on
+from longgen_kernels.kernels.cuda.seating import NO_SEATS, Words, idle_seats, seating_on
 from longgen_kernels.kernels.problem import AttentionProblem
 from longgen_kernels.patterns import MAX_POSITION
 
@@ -131,9 +131,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     blocks = batch * cache.kv_heads * row_tiles
     hopper = _runs_hopper_code(q.device)
     bulk = hopper and _has_slots(cache) and not _is_scattered(cache)
-    processors = multiprocessors(q.device)
-    seating = seating_on(q.device, processors) if bulk else UNKNOWN
-    division = division_of(cache, blocks, rows, processors, bulk, seating.halves_differ)
+    division = division_of(cache, blocks, rows, multiprocessors(q.device), bulk)
     part_out = part_weights = None
     parts = division.parts(blocks)
     if parts > 0:
@@ -141,7 +139,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         part_out = torch.empty(parts * rows * head_dim, dtype=torch.float32, device=q.device)
     k, v = (q, q) if new is None else _aligned(new.k, new.v)
     tickets = _tickets(cache)
-    seats = _seats(division, blocks, seating, tickets)
+    seats = _seats(division, blocks, tickets)
     starts_early = hopper and division.starts_early and cache.tickets is not None  # others are not yet zeros then
     # By position: as keywords they would cost the host more than an allocation.
     arguments = (
@@ -149,7 +147,7 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         n, q_heads, problem.q_offset, problem.softmax_scale,
         q.data_ptr(), q.stride()[:3], out.data_ptr(), lse.data_ptr(),
         division.splits, division.whole_tiles, starts_early, bulk, division.clustered, division.small_blocks,
-        division.persistent_blocks, division.seats, seats.bits, address(part_out), address(part_weights),
+        division.persistent_blocks, seats.number, seats.bits, address(part_out), address(part_weights),
         current_stream(q),
     )  # fmt: skip
     with on_device(q):
@@ -158,19 +156,26 @@ def cache_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 
 
 class _Seats(NamedTuple):
+    number: int
     bits: Words
     counts: int  # the address
 
 
-def _seats(division: Division, tiles: int, seating: Seating, tickets: Tensor) -> _Seats:
+_NONE = _Seats(0, NO_SEATS, 0)
+
+
+def _seats(division: Division, tiles: int, tickets: Tensor) -> _Seats:
     if division.seats == 0:
-        return _Seats(NO_SEATS, 0)
+        return _NONE
+    seating = seating_on(tickets.device, multiprocessors(tickets.device))
+    if not division.halves.are(seating.halves_differ):
+        return _NONE
     each, items = 2 if division.small_blocks else 1, division.items(tiles)
     if items > each * division.seats:
         bits, before = seating.first_half, 2 * SEAT_COUNTS + HALF_COUNTS
     else:
         bits, before = idle_seats(seating.idle_order, division.seats, items), each * SEAT_COUNTS
-    return _Seats(bits, tickets.data_ptr() + (tickets.numel() - before) * tickets.element_size())
+    return _Seats(division.seats, bits, tickets.data_ptr() + (tickets.numel() - before) * tickets.element_size())
 
 
 def _chunk_attn(problem: CacheProblem) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from longgen_kernels.cache_layout import GRANULE
 from longgen_kernels.kernels.cache_problem import SEAT_COUNTS, CacheTensors, max_tiles, num_splits
-from longgen_kernels.kernels.cuda.rounds import last_tiles
+from longgen_kernels.kernels.cuda.rounds import Halves, last_tiles
 
 __all__ = ["Division", "division_of"]
 
@@ -66,6 +66,7 @@ class Division(NamedTuple):
     starts_early: bool = True  # whether blocks may take their places before the kernels ahead have ended
     persistent_blocks: int = 0  # that share out all work evenly; 0: each has one split
     seats: int = 0  # multiprocessors, of which the GPU's halves have as much to do; 0: whichever do what there is
+    halves: Halves = Halves.ANY  # on which GPUs that is so
 
     def items(self, tiles: int) -> int:
         """How many splits all tiles have."""
@@ -78,15 +79,12 @@ class Division(NamedTuple):
         return (tiles - self.whole_tiles) * self.splits if self.splits > 1 and not self.clustered else 0
 
 
-def division_of(
-    cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool, halves_differ: bool | None = None
-) -> Division:
+def division_of(cache: CacheTensors, blocks: int, rows: int, multiprocessors: int, bulk: bool) -> Division:
     """The division for `blocks` tiles of `rows` query rows, each with a sequence's keys of one KV head.
 
-    `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. `halves_differ`: whether
-    one half of the GPU has more multiprocessors than the other, None if it is not known; the result's bits do not
-    depend on it. Persistent blocks have what is long if sequences, by what is known, may differ much in length, small
-    blocks what is many tiles. Otherwise what takes the least time:
+    `bulk`: Hopper's own kernel, of which a block fills a multiprocessor, but for small ones. Persistent blocks have
+    what is long if sequences, by what is known, may differ much in length, small blocks what is many tiles. Otherwise
+    what takes the least time:
 
     - A cluster merges its splits sooner than blocks that meet in global memory, but only clusters of two fit on all
       multiprocessors: others do on half of them, and on some parts of the GPU more than on others. With 16 rows, on
@@ -105,34 +103,30 @@ def division_of(
     if persistent and is_long and _may_be_ragged(cache):
         return persistent
     if cache.head_dim <= _SMALL_HEAD_DIM and not cache.is_fp8:
-        small = _small_blocks(blocks, rows, nbytes, multiprocessors, halves_differ)
+        small = _small_blocks(blocks, rows, nbytes, multiprocessors)
         if small is not None:
             return small
     best, cost = _cheapest(blocks, rows, nbytes, most, multiprocessors, cache.is_fp8)
     return persistent if persistent and _persistent_cost(cache, blocks, rows, each, multiprocessors) < cost else best
 
 
-def _small_blocks(
-    tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool | None
-) -> Division | None:
+def _small_blocks(tiles: int, rows: int, nbytes: int, multiprocessors: int) -> Division | None:
     """For so many tiles of `nbytes`; None: there are too few of them.
 
     A small block reads while the other one of its multiprocessor begins or ends. If all run at once and for long,
     places that the kernel ahead frees one by one suit them less than all together, by what was measured; with seats
-    they begin early all the same. `halves_differ`: see rounds.py.
+    they begin early all the same.
     """
     at_once = 2 * multiprocessors
     if tiles < _LEAST_SMALL * multiprocessors:
         return None
     if tiles > at_once:
-        last = last_tiles(tiles, rows, nbytes, multiprocessors, halves_differ)
-        by_halves = last.by_halves and multiprocessors < SEAT_COUNTS
-        return Division(
-            last.pieces,
-            whole_tiles=tiles - last.split if last.split > 0 else 0,
-            small_blocks=last.are_small,
-            seats=multiprocessors if by_halves else 0,
-        )
+        last = last_tiles(tiles, rows, nbytes, multiprocessors)
+        whole = tiles - last.split if last.split > 0 else 0
+        division = Division(last.pieces, whole_tiles=whole, small_blocks=last.are_small)
+        if last.halves is None or multiprocessors >= SEAT_COUNTS:
+            return division
+        return division._replace(seats=multiprocessors, halves=last.halves)
     have_seats = at_once - tiles >= _LEAST_IDLE_OF_SMALL and multiprocessors < SEAT_COUNTS
     seats = multiprocessors if have_seats else 0
     return Division(1, small_blocks=True, seats=seats, starts_early=have_seats or nbytes < _LATE_BYTES)

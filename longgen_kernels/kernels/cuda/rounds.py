@@ -10,20 +10,25 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
-__all__ = ["LastTiles", "last_tiles"]
+__all__ = ["Halves", "LastTiles", "last_tiles"]
 
 
-class _Halves(Enum):
-    """Whether each half of the GPU does half of the blocks.
+class Halves(Enum):
+    """What the halves of a GPU must be for each to do as much: anything, even unknown; known; different in how many
+    multiprocessors they have.
 
     Where a half has more of the multiprocessors that read faster, its first blocks end before those of the other half,
     which then takes most of what is left and ends late: up to 10% more time. Where the halves are alike, dealing by
     halves costs a microsecond or two, which what is long makes up for.
     """
 
-    NEVER = 0
-    IF_THEY_DIFFER = 1
-    IF_KNOWN = 2
+    ANY = 0
+    KNOWN = 1
+    DIFFERENT = 2
+
+    def are(self, differ: bool | None) -> bool:
+        """Whether they are so, if they `differ`; None: it is not known."""
+        return self is Halves.ANY or (differ is not None and (differ or self is Halves.KNOWN))
 
 
 class _Rule(NamedTuple):
@@ -33,10 +38,10 @@ class _Rule(NamedTuple):
     pieces: int = 1
     is_full: bool = False  # so many tiles that the second round is full; or else as many pieces as run at once
     are_big: bool = False  # big blocks have all, and as many pieces of the last round as it needs to be full
-    halves: _Halves = _Halves.NEVER
+    halves: Halves | None = None  # on which GPUs each half does half of the blocks
 
 
-def _full(up_to: float, pieces: int, halves: _Halves = _Halves.NEVER) -> _Rule:
+def _full(up_to: float, pieces: int, halves: Halves | None = None) -> _Rule:
     return _Rule(up_to, pieces, is_full=True, halves=halves)
 
 
@@ -51,16 +56,21 @@ _LONG, _VERY_LONG = 1536 << 10, 2 << 20  # keys and values of a tile, in bytes
 _OF_8 = (_Rule(0.06, 2), _Rule(0.13, 8), _Rule(0.25, 4), _Rule(0.6, 2))
 _OF_16 = (_Rule(0.06, 2), _Rule(0.12, 8), _Rule(0.25, 4), _Rule(0.5, 2), _full(0.6, 2), _full(0.68, 4))
 _LONG_OF_16 = (_Rule(0.06, 2), _big(0.5), _Rule(0.6, 2), _big(0.66), _full(0.68, 4))
-_BY_HALVES = (_full(0.79, 3, _Halves.IF_KNOWN), _full(0.89, 2, _Halves.IF_KNOWN))
+_BY_HALVES = (_full(0.79, 3, Halves.KNOWN), _full(0.89, 2, Halves.KNOWN))
 _WHOLE = _Rule(1.0)  # the second round is nearly full
-_DIFFER = _Halves.IF_THEY_DIFFER
 _RULES = {  # by whether a tile has more than 8 rows, and how long it is: below _LONG, below _VERY_LONG, or longer
     (False, 0): (*_OF_8, _Rule(0.85, 4), _WHOLE),
-    (False, 1): (*_OF_8, _Rule(0.68, 4), _Rule(0.85, 4, halves=_DIFFER), _WHOLE),
+    (False, 1): (*_OF_8, _Rule(0.68, 4), _Rule(0.85, 4, halves=Halves.DIFFERENT), _WHOLE),
     (False, 2): (*_OF_8, _Rule(0.71, 4), *_BY_HALVES, _WHOLE),
-    (True, 0): (*_OF_16, _full(0.77, 3, _DIFFER), _full(0.9, 2), _WHOLE),
-    (True, 1): (*_LONG_OF_16, _full(0.77, 3, _DIFFER), _full(0.86, 2, _DIFFER), _full(0.9, 2), _WHOLE),
-    (True, 2): (*_LONG_OF_16, _full(0.71, 3, _DIFFER), *_BY_HALVES, _WHOLE),
+    (True, 0): (*_OF_16, _full(0.77, 3, Halves.DIFFERENT), _full(0.9, 2), _WHOLE),
+    (True, 1): (
+        *_LONG_OF_16,
+        _full(0.77, 3, Halves.DIFFERENT),
+        _full(0.86, 2, Halves.DIFFERENT),
+        _full(0.9, 2),
+        _WHOLE,
+    ),
+    (True, 2): (*_LONG_OF_16, _full(0.71, 3, Halves.DIFFERENT), *_BY_HALVES, _WHOLE),
 }
 
 
@@ -70,10 +80,10 @@ class LastTiles(NamedTuple):
     split: int
     pieces: int
     are_small: bool
-    by_halves: bool
+    halves: Halves | None  # on which GPUs each half does half of the blocks
 
 
-def last_tiles(tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_differ: bool | None) -> LastTiles:
+def last_tiles(tiles: int, rows: int, nbytes: int, multiprocessors: int) -> LastTiles:
     """For `tiles` of `rows` query rows and `nbytes` keys and values, more than two for each multiprocessor.
 
     After two rounds nothing is split, as blocks begin at all times.
@@ -84,9 +94,8 @@ def last_tiles(tiles: int, rows: int, nbytes: int, multiprocessors: int, halves_
     if rule.are_big:
         left_over = tiles % multiprocessors
         pieces = 1 if left_over == 0 else min(max(1, multiprocessors // left_over), _MOST_BIG_PIECES)
-        return LastTiles(0 if pieces == 1 else left_over, pieces, are_small=False, by_halves=False)
-    by_halves = halves_differ is not None and rule.halves.value >= (1 if halves_differ else 2)
+        return LastTiles(0 if pieces == 1 else left_over, pieces, are_small=False, halves=None)
     if rule.pieces == 1:
-        return LastTiles(0, 1, are_small=True, by_halves=by_halves)
+        return LastTiles(0, 1, are_small=True, halves=rule.halves)
     split = (2 * at_once - tiles) // (rule.pieces - 1) if rule.is_full else at_once // rule.pieces
-    return LastTiles(split, rule.pieces, are_small=True, by_halves=by_halves)
+    return LastTiles(split, rule.pieces, are_small=True, halves=rule.halves)

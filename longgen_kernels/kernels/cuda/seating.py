@@ -2,8 +2,8 @@
 
 The GPU is two halves, each with half of the bandwidth to memory: as many multiprocessors of one should be at work as of
 the other. Which are in which differs from GPU to GPU. It shows in how long they wait for atomic operations, which are
-done where the line is at home: 200 cycles longer from the other half. That is measured once, by the first call; nobody
-waits for it, and until it has ended those with the first numbers stay idle.
+done where the line is at home: 200 cycles longer from the other half. That is measured once, by the first call that
+wants to know; nobody waits for it, and until it has ended those with the first numbers stay idle.
 
 Some multiprocessors read faster than others while all do: a cluster of them (CPC) that lacks a pair gets as much as one
 of three. So if one half has fewer multiprocessors than the other, it has more fast ones.
