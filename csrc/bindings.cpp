@@ -250,6 +250,17 @@ PYBIND11_MODULE(_C, m) {
       "k_start"_a, "cu_seqlens_q"_a, "cu_seqlens_k"_a, "q_starts"_a, "k_starts"_a,
       "deterministic"_a, "multiprocessors"_a, "stats"_a, "dq_sum"_a, "partials"_a, "next_item"_a,
       "stream"_a);
+
+  m.def("measure_multiprocessors", [](int multiprocessors, int lines, int stride, Address zeros,
+                                      Address memory, int64_t nbytes, Address latencies,
+                                      Address rates, Address are_there, Address stream) {
+    py::gil_scoped_release release;
+    measure_multiprocessors({multiprocessors, lines, stride, reinterpret_cast<uint32_t*>(zeros),
+                             reinterpret_cast<const char*>(memory), nbytes,
+                             reinterpret_cast<int32_t*>(latencies),
+                             reinterpret_cast<int32_t*>(rates),
+                             reinterpret_cast<int32_t*>(are_there), as_stream(stream)});
+  });
 #endif
 
   m.def("decode_rows_per_tile", &decode_rows_per_tile, py::kw_only(), "rows"_a, "head_dim"_a);
@@ -316,13 +327,6 @@ PYBIND11_MODULE(_C, m) {
           py::gil_scoped_release release;
           attn_decode(params);
         });
-
-  m.def("measure_l2_latencies", [](int multiprocessors, int lines, int stride, Address memory,
-                                   Address latencies, Address stream) {
-    py::gil_scoped_release release;
-    measure_l2_latencies({multiprocessors, lines, stride, reinterpret_cast<uint32_t*>(memory),
-                          reinterpret_cast<int32_t*>(latencies), as_stream(stream)});
-  });
 
   m.def(
       "merge_attn_states",

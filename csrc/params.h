@@ -239,12 +239,17 @@ struct DecodeParams {
   CacheScales scales;
 };
 
-struct L2LatencyParams {
+struct MultiprocessorParams {
   int32_t multiprocessors, lines;
-  int32_t stride;    // from one line to the next, in elements
-  uint32_t* memory;  // (lines * stride + 1,), zeros
-  // (multiprocessors * lines + 1,), cycles; the last becomes 1 when all others are there.
-  int32_t* latencies;
+  int32_t stride;   // from one line to the next, in elements
+  uint32_t* zeros;  // (lines * stride + 1,), and after it
+  const char*
+      memory;  // (nbytes,), 8 KB at least, at a multiple of 16, whatever it is: what is read
+  int64_t nbytes;
+  // Of the host.
+  int32_t* latencies;  // (multiprocessors, lines), cycles
+  int32_t* rates;      // (multiprocessors,), of as much that each has read
+  int32_t* are_there;  // (1,), becomes 1 when they are
   cudaStream_t stream;
 };
 
@@ -259,7 +264,7 @@ void attn_bwd_sm90(const AttentionBwdParams& params);
 BwdWorkspace attn_bwd_sm90_workspace(const AttentionBwdParams& params);
 void cache_append(const CacheAppendParams& params);
 void attn_decode(const DecodeParams& params);
-void measure_l2_latencies(const L2LatencyParams& params);
+void measure_multiprocessors(const MultiprocessorParams& params);
 
 // Rows of the query that a thread block of `attn_decode` has, given all rows of a KV head: what the
 // sizes of part_out and tickets follow from.

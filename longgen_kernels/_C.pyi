@@ -90,9 +90,6 @@ def attn_decode(
     stream: int,
     /,
 ) -> None: ...
-def measure_l2_latencies(
-    multiprocessors: int, lines: int, stride: int, memory: int, latencies: int, stream: int, /
-) -> None: ...
 def merge_attn_states(
     *,
     batch: int,
@@ -226,4 +223,17 @@ def attn_bwd_sm90(
     partials: int,
     next_item: int,
     stream: int,
+) -> None: ...
+def measure_multiprocessors(
+    multiprocessors: int,
+    lines: int,
+    stride: int,
+    zeros: int,
+    memory: int,
+    nbytes: int,
+    latencies: int,
+    rates: int,
+    are_there: int,
+    stream: int,
+    /,
 ) -> None: ...

@@ -3,7 +3,7 @@
 // The GPU is two halves, each with half of the bandwidth to memory, and which multiprocessors it
 // leaves idle is chance: a half that is full is late then. So there are as many blocks as run at
 // once, each takes a seat of its multiprocessor, and what it has to do follows from that. The host
-// knows the halves, from l2_latencies.cu.
+// knows the halves, from multiprocessors.cu.
 #pragma once
 
 #include "arch/sm90/dependent_launch.cuh"

@@ -7,6 +7,7 @@ What is known of its halves decides only which multiprocessors do it.
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from typing import NamedTuple
 
@@ -15,11 +16,11 @@ __all__ = ["Halves", "LastTiles", "last_tiles"]
 
 class Halves(Enum):
     """What the halves of a GPU must be for each to do as much: anything, even unknown; known; different in how many
-    multiprocessors they have.
+    fast multiprocessors they have.
 
-    Where a half has more of the multiprocessors that read faster, its first blocks end before those of the other half,
-    which then takes most of what is left and ends late: up to 10% more time. Where the halves are alike, dealing by
-    halves costs a microsecond or two, which what is long makes up for.
+    Where a half has more of those, its first blocks end before those of the other half, which then takes most of what
+    is left and ends late: up to 10% more time. Where the halves are alike, dealing by halves costs a microsecond or
+    two, which what is long makes up for.
     """
 
     ANY = 0
@@ -41,6 +42,10 @@ class _Rule(NamedTuple):
     halves: Halves | None = None  # on which GPUs each half does half of the blocks
 
 
+def _dealt(up_to: float, pieces: int) -> _Rule:
+    return _Rule(up_to, pieces, halves=Halves.DIFFERENT)
+
+
 def _full(up_to: float, pieces: int, halves: Halves | None = None) -> _Rule:
     return _Rule(up_to, pieces, is_full=True, halves=halves)
 
@@ -52,26 +57,26 @@ def _big(up_to: float) -> _Rule:
 _MOST_BIG_PIECES = 8  # of a tile
 _LONG, _VERY_LONG = 1536 << 10, 2 << 20  # keys and values of a tile, in bytes
 
-# Measured on an H200. Pieces of 16 rows cost more than those of 8, of which each has half as much to write for others.
-_OF_8 = (_Rule(0.06, 2), _Rule(0.13, 8), _Rule(0.25, 4), _Rule(0.6, 2))
-_OF_16 = (_Rule(0.06, 2), _Rule(0.12, 8), _Rule(0.25, 4), _Rule(0.5, 2), _full(0.6, 2), _full(0.68, 4))
-_LONG_OF_16 = (_Rule(0.06, 2), _big(0.5), _Rule(0.6, 2), _big(0.66), _full(0.68, 4))
+# Measured on H200 with halves alike, and on one with halves that differ. Pieces of 16 rows cost more than those of 8,
+# of which each has half as much to write for others.
+_LITTLE_OF_8 = (_Rule(0.06, 2), _Rule(0.13, 8), _Rule(0.25, 4))
+_LITTLE_OF_16 = (_Rule(0.06, 2), _Rule(0.12, 8), _Rule(0.25, 4))
+_LITTLE_LONG_OF_16 = (_Rule(0.06, 2), _big(0.25))
+_HALF = (_dealt(0.5, 2), _full(0.6, 2))
+_MUCH_LONG_OF_16 = (_big(0.66), _full(0.68, 4))
 _BY_HALVES = (_full(0.79, 3, Halves.KNOWN), _full(0.89, 2, Halves.KNOWN))
-_WHOLE = _Rule(1.0)  # the second round is nearly full
+_WHOLE = _dealt(1.0, 1)  # the second round is nearly full
+_OF_8 = (*_LITTLE_OF_8, *_HALF, _dealt(0.72, 4), _full(0.86, 2, Halves.DIFFERENT), _WHOLE)
+_MUCH_OF_16 = (_full(0.77, 3, Halves.DIFFERENT), _full(0.9, 2, Halves.DIFFERENT), _WHOLE)
 _RULES = {  # by whether a tile has more than 8 rows, and how long it is: below _LONG, below _VERY_LONG, or longer
-    (False, 0): (*_OF_8, _Rule(0.85, 4), _WHOLE),
-    (False, 1): (*_OF_8, _Rule(0.68, 4), _Rule(0.85, 4, halves=Halves.DIFFERENT), _WHOLE),
-    (False, 2): (*_OF_8, _Rule(0.71, 4), *_BY_HALVES, _WHOLE),
-    (True, 0): (*_OF_16, _full(0.77, 3, Halves.DIFFERENT), _full(0.9, 2), _WHOLE),
-    (True, 1): (
-        *_LONG_OF_16,
-        _full(0.77, 3, Halves.DIFFERENT),
-        _full(0.86, 2, Halves.DIFFERENT),
-        _full(0.9, 2),
-        _WHOLE,
-    ),
-    (True, 2): (*_LONG_OF_16, _full(0.71, 3, Halves.DIFFERENT), *_BY_HALVES, _WHOLE),
+    (False, 0): _OF_8,
+    (False, 1): _OF_8,
+    (False, 2): (*_LITTLE_OF_8, *_HALF, _dealt(0.71, 4), *_BY_HALVES, _WHOLE),
+    (True, 0): (*_LITTLE_OF_16, *_HALF, _dealt(0.68, 4), *_MUCH_OF_16),
+    (True, 1): (*_LITTLE_LONG_OF_16, *_HALF, *_MUCH_LONG_OF_16, *_MUCH_OF_16),
+    (True, 2): (*_LITTLE_LONG_OF_16, *_HALF, *_MUCH_LONG_OF_16, _full(0.71, 3, Halves.DIFFERENT), *_BY_HALVES, _WHOLE),
 }
+_AFTER_TWO_ROUNDS = _Rule(math.inf)  # blocks begin at all times
 
 
 class LastTiles(NamedTuple):
@@ -84,13 +89,10 @@ class LastTiles(NamedTuple):
 
 
 def last_tiles(tiles: int, rows: int, nbytes: int, multiprocessors: int) -> LastTiles:
-    """For `tiles` of `rows` query rows and `nbytes` keys and values, more than two for each multiprocessor.
-
-    After two rounds nothing is split, as blocks begin at all times.
-    """
+    """For `tiles` of `rows` query rows and `nbytes` keys and values, more than two for each multiprocessor."""
     at_once = 2 * multiprocessors
     length = (nbytes >= _LONG) + (nbytes >= _VERY_LONG)
-    rule = next((r for r in _RULES[rows > 8, length] if tiles <= (1 + r.up_to) * at_once), _WHOLE)
+    rule = next((r for r in _RULES[rows > 8, length] if tiles <= (1 + r.up_to) * at_once), _AFTER_TWO_ROUNDS)
     if rule.are_big:
         left_over = tiles % multiprocessors
         pieces = 1 if left_over == 0 else min(max(1, multiprocessors // left_over), _MOST_BIG_PIECES)

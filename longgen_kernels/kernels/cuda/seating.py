@@ -2,11 +2,13 @@
 
 The GPU is two halves, each with half of the bandwidth to memory: as many multiprocessors of one should be at work as of
 the other. Which are in which differs from GPU to GPU. It shows in how long they wait for atomic operations, which are
-done where the line is at home: 200 cycles longer from the other half. That is measured once, by the first call that
-wants to know; nobody waits for it, and until it has ended those with the first numbers stay idle.
+done where the line is at home: 200 cycles longer from the other half.
 
 Some multiprocessors read faster than others while all do: a cluster of them (CPC) that lacks a pair gets as much as one
-of three. So if one half has fewer multiprocessors than the other, it has more fast ones.
+of three. One half may have more of these than the other. It shows in how much each reads.
+
+Both are measured once, by the first call that wants to know; nobody waits for it, and until it has ended those with the
+first numbers stay idle.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from longgen_kernels.kernels.cuda.arguments import current_stream, on_device
 __all__ = ["NO_SEATS", "UNKNOWN", "Seating", "Words", "idle_seats", "seating_of", "seating_on"]
 
 _LINES, _STRIDE = 64, 1024  # of L2, and from one to the next in 4 bytes: enough that both halves have many
+_READ_BYTES = 8 << 20  # by all multiprocessors again and again: less than L2 has, more than they read at once
+_FAST = 1.15  # times as much as most: others differ by 5%
+_FEW = 4  # multiprocessors that one half has more of, at least, if it matters: a cluster that lacks a pair
 _WORDS, _BITS = 4, 64  # with a bit for each seat
 
 Words = tuple[int, ...]
@@ -36,7 +41,7 @@ class Seating(NamedTuple):
 
     idle_order: tuple[int, ...] = ()  # of all, in which they stay idle
     first_half: Words = NO_SEATS  # a bit for each of one half
-    halves_differ: bool | None = None  # in how many they have
+    halves_differ: bool | None = None  # in how many fast ones they have
 
 
 UNKNOWN = Seating()
@@ -66,33 +71,38 @@ def _words(seats: Iterable[int]) -> Words:
 
 
 class _Measurement:
-    """Of one GPU, by a kernel that writes to the host's memory when it has ended."""
+    """Of one GPU, by kernels that write to the host's memory."""
 
     def __init__(self, device: torch.device, multiprocessors: int) -> None:
         from longgen_kernels import _C
 
         self._seating = UNKNOWN
-        self._memory: Tensor | None = torch.zeros(_LINES * _STRIDE + 1, dtype=torch.int32, device=device)
+        zeros = torch.zeros(_LINES * _STRIDE + 1, dtype=torch.int32, device=device)
+        memory = torch.empty(_READ_BYTES, dtype=torch.uint8, device=device)
+        self._needed: tuple[Tensor, ...] = (zeros, memory)  # until they have ended
         # Named, as only the host's memory can be pinned, and the default device may be another.
-        cycles = torch.zeros(multiprocessors * _LINES + 1, dtype=torch.int32, device="cpu", pin_memory=True)
-        self.latencies, self._has_ended = cycles[:-1].view(multiprocessors, _LINES), cycles[-1]
-        addresses = self._memory.data_ptr(), cycles.data_ptr(), current_stream(self._memory)
-        with on_device(self._memory):
-            _C.measure_l2_latencies(multiprocessors, _LINES, _STRIDE, *addresses)
+        found = torch.zeros(multiprocessors * (_LINES + 1) + 1, dtype=torch.int32, device="cpu", pin_memory=True)
+        latencies, self.rates, self._are_there = found.split([multiprocessors * _LINES, multiprocessors, 1])
+        self.latencies = latencies.view(multiprocessors, _LINES)
+        results = latencies.data_ptr(), self.rates.data_ptr(), self._are_there.data_ptr()
+        needed = zeros.data_ptr(), memory.data_ptr(), _READ_BYTES
+        with on_device(zeros):
+            _C.measure_multiprocessors(multiprocessors, _LINES, _STRIDE, *needed, *results, current_stream(zeros))
 
     def seating(self) -> Seating:
         """Unknown: it has not ended, or showed no halves."""
-        if self._memory is not None and self._has_ended.item() != 0:
-            self._seating = seating_of(self.latencies)
-            self._memory = None
+        if self._needed and self._are_there.item() != 0:
+            self._seating = seating_of(self.latencies, self.rates)
+            self._needed = ()
         return self._seating
 
 
-def seating_of(latencies: Tensor) -> Seating:
-    """Which multiprocessors are in which half, from how long each waits for lines of L2.
+def seating_of(latencies: Tensor, rates: Tensor) -> Seating:
+    """Which multiprocessors are in which half, and which half has more fast ones.
 
     Args:
-        latencies: (multiprocessors, lines), cycles.
+        latencies: (multiprocessors, lines), cycles that each waits for lines of L2.
+        rates: (multiprocessors,), how much each reads in some time while all do.
 
     Returns:
         The order has, of the half that has more left, the pair (one TPC: 2 i and 2 i + 1) whose latencies within the
@@ -104,13 +114,16 @@ def seating_of(latencies: Tensor) -> Seating:
         return UNKNOWN
     spread_of_pairs = seen.spread.view(-1, 2).sum(1).tolist()
     is_first = seen.is_first.view(-1, 2)[:, 0]
-    halves = [half.nonzero().flatten().tolist() for half in (is_first, ~is_first)]
-    left = [sorted(half, key=spread_of_pairs.__getitem__) for half in halves]
+    left = [
+        sorted(half.nonzero().flatten().tolist(), key=spread_of_pairs.__getitem__) for half in (is_first, ~is_first)
+    ]
     order: list[int] = []
     while left[0] or left[1]:
         pair = max(left, key=len).pop()
         order += [2 * pair, 2 * pair + 1]
-    return Seating(tuple(order), _words(seen.is_first.nonzero().flatten().tolist()), len(halves[0]) != len(halves[1]))
+    is_fast = rates > _FAST * rates.median()
+    more = int(is_fast[seen.is_first].sum() - is_fast[~seen.is_first].sum())
+    return Seating(tuple(order), _words(seen.is_first.nonzero().flatten().tolist()), abs(more) >= _FEW)
 
 
 class _Halves(NamedTuple):
