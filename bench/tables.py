@@ -11,7 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,36 @@ ATTENTION = {
     "dense causal, 16K": "causal/16K/mha",
     "dense causal, 128K": "causal/128K/mha",
 }
+SWEEP = Table(
+    name="decode_rows",
+    page="docs/kv-cache.md",
+    files=("h200-decode-rows.json",),
+    corner="keys kept, KV heads",
+    quantity="time, the CUDA kernel's being 1",
+    columns={"CUDA": "cuda", "with append": "cuda_append", "cuDNN": "cudnn"},
+    rows={
+        "4096, 8 of 32 query heads, batch 9": "gqa4_4096_batch_9",
+        "9216, 8 of 32, batch 9": "gqa4_9216_batch_9",
+        "4096, 8 of 128, batch 12": "gqa16_4096_batch_12",
+        "4096, 8 of 128, batch 13": "gqa16_4096_batch_13",
+        "4096, 8 of 128, batch 15": "gqa16_4096_batch_15",
+        "4096, 8 of 128, batch 17": "gqa16_4096_batch_17",
+        "2048, 8 of 32, batch 20": "gqa4_2048_batch_20",
+        "2048, 8 of 128, batch 20": "gqa16_2048_batch_20",
+        "9216, 8 of 128, batch 28": "gqa16_9216_batch_28",
+        "9216, 8 of 128, batch 32": "gqa16_9216_batch_32",
+        "2048, 8 of 128, batch 36": "gqa16_2048_batch_36",
+        "4096, 8 of 128, batch 40": "gqa16_4096_batch_40",
+        "3072, 8 of 128, batch 52": "gqa16_3072_batch_52",
+        "4096, 8 of 128, batch 60": "gqa16_4096_batch_60",
+        "2048, 8 of 32, batch 64": "gqa4_2048_batch_64",
+    },
+    passes=("step",),
+    digits=1,
+    unit="cuda",
+    quotient=("CUDA", "cuDNN"),
+)
+
 TABLES = (
     Table(
         name="forward",
@@ -169,42 +199,11 @@ TABLES = (
         digits=1,
         unit="cuda",
     ),
-    Table(
-        name="decode_rows",
-        page="docs/kv-cache.md",
-        files=("h200-decode-rows.json",),
-        corner="keys kept, KV heads",
-        quantity="time, the CUDA kernel's being 1",
-        columns={"CUDA": "cuda", "with append": "cuda_append", "cuDNN": "cudnn"},
-        rows={
-            "4096, 8 of 32 query heads, batch 9": "gqa4_4096_batch_9",
-            "9216, 8 of 32, batch 9": "gqa4_9216_batch_9",
-            "4096, 8 of 128, batch 12": "gqa16_4096_batch_12",
-            "4096, 8 of 128, batch 13": "gqa16_4096_batch_13",
-            "4096, 8 of 128, batch 15": "gqa16_4096_batch_15",
-            "4096, 8 of 128, batch 17": "gqa16_4096_batch_17",
-            "2048, 8 of 32, batch 20": "gqa4_2048_batch_20",
-            "2048, 8 of 128, batch 20": "gqa16_2048_batch_20",
-            "9216, 8 of 128, batch 28": "gqa16_9216_batch_28",
-            "9216, 8 of 128, batch 32": "gqa16_9216_batch_32",
-            "2048, 8 of 128, batch 36": "gqa16_2048_batch_36",
-            "4096, 8 of 128, batch 40": "gqa16_4096_batch_40",
-            "3072, 8 of 128, batch 52": "gqa16_3072_batch_52",
-            "4096, 8 of 128, batch 60": "gqa16_4096_batch_60",
-            "2048, 8 of 32, batch 64": "gqa4_2048_batch_64",
-        },
-        passes=("step",),
-        digits=1,
-        unit="cuda",
-        quotient=("CUDA", "cuDNN"),
-    ),
-    Table(
+    SWEEP,
+    replace(
+        SWEEP,
         name="decode_rows_uneven",
-        page="docs/kv-cache.md",
         files=("h200-decode-rows-uneven.json",),
-        corner="keys kept, KV heads",
-        quantity="",
-        columns={"CUDA": "cuda", "with append": "cuda_append", "cuDNN": "cudnn"},
         rows={
             "4096, 8 of 128 query heads, batch 16": "gqa16_4096_batch_16",
             "4096, 8 of 128, batch 44": "gqa16_4096_batch_44",
@@ -214,9 +213,8 @@ TABLES = (
             "3072, 8 of 128, batch 60": "gqa16_3072_batch_60",
             "2048, 8 of 128, batch 64": "gqa16_2048_batch_64",
         },
-        passes=("step",),
-        digits=1,
-        quotient=("CUDA", "cuDNN"),
+        quantity="",
+        unit=None,
     ),
     Table(
         name="model",

@@ -242,11 +242,11 @@ struct DecodeParams {
 struct MultiprocessorParams {
   int32_t multiprocessors, lines;
   int32_t stride;   // from one line to the next, in elements
-  uint32_t* zeros;  // (lines * stride + 1,), and after it
-  const char*
-      memory;  // (nbytes,), 8 KB at least, at a multiple of 16, whatever it is: what is read
+  uint32_t* zeros;  // (lines * stride + 1,), before and after
+  // (nbytes,), which are read, whatever they are: 8 KB at least, at a multiple of 16.
+  const char* memory;
   int64_t nbytes;
-  // Of the host.
+  // In the host's memory.
   int32_t* latencies;  // (multiprocessors, lines), cycles
   int32_t* rates;      // (multiprocessors,), of as much that each has read
   int32_t* are_there;  // (1,), becomes 1 when they are

@@ -106,7 +106,7 @@ def test_halves_of_the_gpu_are_measured_alike_again() -> None:
         seen = seating._halves(measurement.latencies.double())
         assert seen is not None
         halves.append(seen.is_first)
-        fast.append(measurement.rates > 1.15 * measurement.rates.median())
+        fast.append(measurement.rates > seating._FAST * measurement.rates.median())
         assert (measurement.rates > 0).all()
     assert count / 3 < halves[0].sum() < count * 2 / 3
     assert torch.equal(fast[0][::2], fast[0][1::2])

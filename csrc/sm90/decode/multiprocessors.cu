@@ -22,7 +22,7 @@ constexpr int kFirstStep = 7;  // lines, from where one multiprocessor begins to
 // Reading.
 constexpr int kRunBytes = 8192;      // of a bulk copy
 constexpr int kRuns = 20;            // at once: a multiprocessor holds one block of so many
-constexpr uint32_t kCycles = 40000;  // a tenth of which it takes until all are reading
+constexpr uint32_t kCycles = 40000;  // long against how far apart they begin
 
 __device__ __forceinline__ int multiprocessor() {
   int number;

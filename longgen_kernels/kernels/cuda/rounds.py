@@ -62,19 +62,20 @@ _LONG, _VERY_LONG = 1536 << 10, 2 << 20  # keys and values of a tile, in bytes
 _LITTLE_OF_8 = (_Rule(0.06, 2), _Rule(0.13, 8), _Rule(0.25, 4))
 _LITTLE_OF_16 = (_Rule(0.06, 2), _Rule(0.12, 8), _Rule(0.25, 4))
 _LITTLE_LONG_OF_16 = (_Rule(0.06, 2), _big(0.25))
-_HALF = (_dealt(0.5, 2), _full(0.6, 2))
+# Not dealt from half a round on: of two full rounds in each half the few whole tiles of the second would be late.
+_SOME = (_dealt(0.5, 2), _full(0.6, 2))
 _MUCH_LONG_OF_16 = (_big(0.66), _full(0.68, 4))
 _BY_HALVES = (_full(0.79, 3, Halves.KNOWN), _full(0.89, 2, Halves.KNOWN))
 _WHOLE = _dealt(1.0, 1)  # the second round is nearly full
-_OF_8 = (*_LITTLE_OF_8, *_HALF, _dealt(0.72, 4), _full(0.86, 2, Halves.DIFFERENT), _WHOLE)
+_OF_8 = (*_LITTLE_OF_8, *_SOME, _dealt(0.72, 4), _full(0.86, 2, Halves.DIFFERENT), _WHOLE)
 _MUCH_OF_16 = (_full(0.77, 3, Halves.DIFFERENT), _full(0.9, 2, Halves.DIFFERENT), _WHOLE)
 _RULES = {  # by whether a tile has more than 8 rows, and how long it is: below _LONG, below _VERY_LONG, or longer
     (False, 0): _OF_8,
     (False, 1): _OF_8,
-    (False, 2): (*_LITTLE_OF_8, *_HALF, _dealt(0.71, 4), *_BY_HALVES, _WHOLE),
-    (True, 0): (*_LITTLE_OF_16, *_HALF, _dealt(0.68, 4), *_MUCH_OF_16),
-    (True, 1): (*_LITTLE_LONG_OF_16, *_HALF, *_MUCH_LONG_OF_16, *_MUCH_OF_16),
-    (True, 2): (*_LITTLE_LONG_OF_16, *_HALF, *_MUCH_LONG_OF_16, _full(0.71, 3, Halves.DIFFERENT), *_BY_HALVES, _WHOLE),
+    (False, 2): (*_LITTLE_OF_8, *_SOME, _dealt(0.71, 4), *_BY_HALVES, _WHOLE),
+    (True, 0): (*_LITTLE_OF_16, *_SOME, _dealt(0.68, 4), *_MUCH_OF_16),
+    (True, 1): (*_LITTLE_LONG_OF_16, *_SOME, *_MUCH_LONG_OF_16, *_MUCH_OF_16),
+    (True, 2): (*_LITTLE_LONG_OF_16, *_SOME, *_MUCH_LONG_OF_16, _full(0.71, 3, Halves.DIFFERENT), *_BY_HALVES, _WHOLE),
 }
 _AFTER_TWO_ROUNDS = _Rule(math.inf)  # blocks begin at all times
 
